@@ -1,0 +1,232 @@
+"""Configs: frozen nested dataclasses, checked when they are made, fingerprinted when they are used.
+
+A config holds values and nothing else. Every value in it can change the result, so every value is
+in the fingerprint; what can't (folders, meshes, cadences of checkpoints) is an argument elsewhere.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The closed interval a number must lie in; ``above`` and ``below`` exclude their end."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and self.above < value < self.below
+
+    def __str__(self) -> str:
+        low = f"> {self.above:g}" if self.above > -math.inf else f">= {self.low:g}"
+        high = f"< {self.below:g}" if self.below < math.inf else f"<= {self.high:g}"
+        parts = [low] if "inf" not in low else []
+        return " and ".join(parts + ([high] if "inf" not in high else []))
+
+
+class Replica:
+    """Marks a number that may differ between the replicas of one compiled program."""
+
+
+Positive = Annotated[float, Range(above=0)]
+NonNegative = Annotated[float, Range(low=0)]
+Fraction = Annotated[float, Range(low=0, high=1)]
+Count = Annotated[int, Range(low=1)]
+Seed = Annotated[int, Range(low=0, high=2**31 - 1)]
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def frozen(cls: type[T]) -> type[T]:
+    """A frozen keyword-only dataclass whose values are checked when it is made.
+
+    Types, ``Literal`` choices and ``Range``s are checked first, then the class's own
+    ``__post_init__``, which sees values of the declared types (an int given for a float is a
+    float by then, so that equal configs have equal fingerprints).
+    """
+    own = cls.__dict__.get("__post_init__")
+
+    def __post_init__(self: Any) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for field in dataclasses.fields(self):
+            name = f"{type(self).__name__}.{field.name}"
+            value = _checked(name, getattr(self, field.name), hints[field.name])
+            object.__setattr__(self, field.name, value)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = __post_init__  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the type ``hint`` says, or one ValueError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        value = _checked(name, value, args[0])
+        for mark in args[1:]:
+            if isinstance(mark, Range) and value is not None and value not in mark:
+                raise ValueError(f"{name} must be {mark}, got {value!r}")
+        return value
+    if origin is Literal:
+        if value not in args:
+            near = difflib.get_close_matches(str(value), [str(a) for a in args], 1)
+            hint_text = f" (perhaps {near[0]!r})" if near else ""
+            raise ValueError(f"{name} must be one of {list(args)}, got {value!r}{hint_text}")
+        return value
+    if origin in (Union, types.UnionType):
+        for arg in args:
+            try:
+                return _checked(name, value, arg)
+            except _WrongType:
+                continue
+        raise _WrongType(name, value, hint)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise _WrongType(name, value, hint)
+        return tuple(_checked(f"{name}[{i}]", v, args[0]) for i, v in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise _WrongType(name, value, hint)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return value + 0.0 if isinstance(value, float) else value  # -0.0 and 0.0 are one value
+
+
+class _WrongType(ValueError):
+    """A value of no type the field takes, as opposed to a bad value of a right one."""
+
+    def __init__(self, name: str, value: Any, hint: Any):
+        members = typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+        expected = " or ".join(getattr(m, "__name__", str(m)) for m in members or (hint,))
+        super().__init__(f"{name} must be {expected}, got {value!r} ({type(value).__name__})")
+
+
+def to_dict(config: Any) -> Any:
+    """Nested plain values; a dataclass becomes its fields and its class name under ``kind``."""
+    if dataclasses.is_dataclass(config):
+        fields = {f.name: to_dict(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        return {"kind": type(config).__name__} | fields
+    if isinstance(config, tuple):
+        return [to_dict(value) for value in config]
+    return config
+
+
+def to_json(config: Any) -> str:
+    """The canonical text: keys sorted, shortest floats that read back equal."""
+    return json.dumps(to_dict(config), sort_keys=True, indent=1, allow_nan=False)
+
+
+def from_json(cls: type[T], text: str) -> T:
+    """The config that ``to_json`` wrote; ValueError for unknown or missing kinds and fields."""
+    return _from_dict(cls, json.loads(text))
+
+
+def _from_dict(hint: Any, value: Any) -> Any:
+    if typing.get_origin(hint) is Annotated:
+        hint = typing.get_args(hint)[0]
+    if isinstance(value, list):
+        return tuple(_from_dict(typing.get_args(hint)[0], v) for v in value)
+    if not isinstance(value, dict):
+        return value
+    kinds = {c.__name__: c for c in (typing.get_args(hint) or (hint,)) if isinstance(c, type)}
+    fields = dict(value)
+    kind = fields.pop("kind", None)
+    if kind not in kinds:
+        raise ValueError(f"kind must be one of {sorted(kinds)}, got {kind!r}")
+    cls = kinds[kind]
+    hints = typing.get_type_hints(cls, include_extras=True)
+    if unknown := sorted(fields.keys() - hints.keys()):
+        raise ValueError(f"{kind} has no field {unknown[0]!r}{_perhaps(unknown[0], hints)}")
+    return cls(**{name: _from_dict(hints[name], v) for name, v in fields.items()})
+
+
+def fingerprint(config: Any) -> str:
+    """64 bits in hexadecimal that name a config: equal configs, equal names, on every machine."""
+    return hashlib.blake2b(to_json(config).encode(), digest_size=8).hexdigest()
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field name -> value, for every leaf of the config."""
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        out |= flatten(value, name + ".") if dataclasses.is_dataclass(value) else {name: value}
+    return out
+
+
+def override(config: T, values: Mapping[str, Any]) -> T:
+    """The config with dotted fields replaced, checked again; ValueError names an unknown field."""
+    for name, value in values.items():
+        config = _replace(config, name, name.split("."), value)
+    return config
+
+
+def _replace(config: Any, name: str, path: list[str], value: Any) -> Any:
+    fields = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else {}
+    if path[0] not in fields:
+        raise ValueError(
+            f"{type(config).__name__} has no field {path[0]!r} (in {name!r})"
+            f"{_perhaps(path[0], fields)}"
+        )
+    if len(path) > 1:
+        value = _replace(getattr(config, path[0]), name, path[1:], value)
+    return dataclasses.replace(config, **{path[0]: value})
+
+
+def _perhaps(name: str, names: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(names), 1)
+    return f"; perhaps {near[0]!r}" if near else f"; it has {', '.join(sorted(names))}"
+
+
+def grid(config: T, values: Mapping[str, Iterable[Any]]) -> tuple[T, ...]:
+    """The config at every point of a product of dotted fields, the last one varying fastest."""
+    axes = [[(name, v) for v in choices] for name, choices in values.items()]
+    if empty := [name for name, axis in zip(values, axes, strict=True) if not axis]:
+        raise ValueError(f"grid: {empty[0]!r} has no values")
+    points = tuple(override(config, dict(point)) for point in itertools.product(*axes))
+    return tuple(dict.fromkeys(points))
+
+
+def replica_fields(config: Any, prefix: str = "") -> tuple[str, ...]:
+    """The dotted names of the fields marked ``Replica``."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    names: list[str] = []
+    for field in dataclasses.fields(config):
+        name, value = prefix + field.name, getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names += replica_fields(value, name + ".")
+        elif Replica in getattr(hints[field.name], "__metadata__", ()):
+            names.append(name)
+    return tuple(names)
+
+
+def group(configs: Iterable[T]) -> list[tuple[T, ...]]:
+    """Configs that differ only in ``Replica`` fields, together: each group is one program."""
+    groups: dict[Any, list[T]] = {}
+    for config in configs:
+        values, shared = flatten(config), set(replica_fields(config))
+        rest = tuple((n, v) for n, v in values.items() if n not in shared)
+        kinds = _kinds(config)
+        groups.setdefault((kinds, rest), []).append(config)
+    return [tuple(members) for members in groups.values()]
+
+
+def _kinds(config: Any) -> tuple[Any, ...]:
+    if not dataclasses.is_dataclass(config):
+        return ()
+    values = (getattr(config, f.name) for f in dataclasses.fields(config))
+    return (type(config).__name__, *(_kinds(v) for v in values))
