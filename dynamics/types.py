@@ -15,6 +15,7 @@ Leaf = Any  # an array; a ShapeDtypeStruct, sharding or spec where the tree desc
 Key = jax.Array
 Scalars = Mapping[str, Any]
 
+INIT, ORDER, LOSS, AUGMENT, PROBE = range(5)  # purposes a root key is folded with
 NEVER = 2**31 - 1  # the step at which something that has not happened happened
 
 
@@ -81,18 +82,19 @@ class Task(NamedTuple):
 class Stream(NamedTuple):
     """Batch t of replica s as a pure function of (s, t).
 
-    ``shared`` lies on the device once; every leaf of ``own`` has a leading replica axis. What a
-    stream from the host yields for step t has leaves [K, ...] and arrives as ``fed``; ``fed`` is
-    ``()`` for data that lies on the device.
+    ``plan`` says which examples and is evaluated for a chunk of steps at once; ``batch`` fetches
+    them inside the step. A stream from the host yields from ``host(first)`` what is planned for the
+    steps first, first + 1, ..., ready fetched, with leaves [K, ...].
     """
 
+    plan: Callable[[PyTree, Key, jax.Array], PyTree]
+    """``(own, key, step) -> planned``"""
     batch: Callable[[PyTree, PyTree, PyTree, Key, jax.Array], Batch]
-    """``(shared, own, fed, key, step) -> Batch``"""
-    shared: PyTree
-    own: PyTree
+    """``(shared, own, planned, key, step) -> Batch``"""
+    shared: PyTree  # lies on the device once
+    own: PyTree  # every leaf has a leading replica axis
     batch_size: int
-    host: Callable[[int, int], Iterator[PyTree]] | None = None
-    """``(first, last) -> iterator`` over the fed pytrees of the steps first..last-1."""
+    host: Callable[[int], Iterator[PyTree]] | None = None
 
 
 Each = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]

@@ -1,0 +1,209 @@
+"""Checkpoints that are intact or refused: orbax, plus what it does not check.
+
+orbax writes asynchronously and commits by renaming, but restores flipped bits and other dtypes
+without a word. Here every file is hashed after the commit and before a restore, names, shapes and
+dtypes are compared, and a damaged checkpoint gives way to the newest intact one before it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from dynamics.record import write
+from dynamics.types import PyTree
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(Exception):
+    """Checkpoints that can't be restored from."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: ``checkpoints/<step>/`` with ``checksums/<step>.json``."""
+
+    def __init__(self, folder: Path | str, *, keep: int = 3):
+        """Opens or makes them in a run's folder; the newest ``keep`` stay."""
+        self.folder = Path(folder).absolute()
+        self.root, self.sums = self.folder / "checkpoints", self.folder / "checksums"
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.sums.mkdir(exist_ok=True)
+        for left in self.root.glob("*.orbax-checkpoint-tmp*"):  # of a killed process
+            shutil.rmtree(left)
+        for seal in self.sums.glob("*.json"):
+            if not (self.root / seal.stem).exists():
+                seal.unlink()
+        self._keep = keep
+        self._manager: ocp.CheckpointManager | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._sealed: Future | None = None
+
+    def steps(self) -> list[int]:
+        """The steps with a directory, intact or not, in ascending order."""
+        return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
+
+    def save(self, step: int, tree: PyTree, note: Any = None) -> None:
+        """Write ``tree`` and the JSON value ``note`` in the background; step 0 is one like others."""
+        self.wait()
+        leaves, note = _leaves(tree), {"note": note, "leaves": _describe(_leaves(tree))}
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False)
+            self._manager = ocp.CheckpointManager(self.root, options=options)
+        args = ocp.args.Composite(tree=ocp.args.StandardSave(leaves), note=ocp.args.JsonSave(note))
+        self._manager.save(step, args=args, force=True)
+        self._sealed = self._thread.submit(self._seal, step)
+
+    def wait(self) -> None:
+        """Return when everything saved is on the disk and hashed."""
+        if self._sealed is not None:
+            self._sealed.result()
+            self._sealed = None
+
+    def close(self) -> None:
+        """Wait, and end the background work."""
+        self.wait()
+        self._thread.shutdown()
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    def restore(self, like: PyTree) -> tuple[PyTree, Any] | None:
+        """The newest intact checkpoint as a tree like ``like``, and its note.
+
+        ``like`` holds arrays or ShapeDtypeStructs with shardings: what is restored lies where they
+        say, whatever mesh it was saved on. None if nothing was ever saved. Each damaged checkpoint
+        is warned of and moved to ``damaged/``. CheckpointError: all are damaged, or an intact one
+        has other names, shapes or dtypes.
+        """
+        found, unsealed = self.steps(), []
+        for step in reversed(found):
+            damage = self._damage(step)
+            if damage is None:
+                return self._read(step, like)
+            if not (self.sums / f"{step}.json").exists() and any((self.root / str(step)).iterdir()):
+                unsealed.append(step)
+                continue
+            self._set_aside(step, damage)
+        for step in unsealed:  # killed between the commit and the hash: nothing older is left
+            log.warning("checkpoint %d has no checksum, its content is not verified", step)
+            try:
+                return self._read(step, like)
+            except (OSError, ValueError, KeyError) as error:
+                self._set_aside(step, f"{type(error).__name__}: {str(error)[:200]}")
+        if found:
+            raise CheckpointError(
+                f"none of the checkpoints {found} in {self.root} is intact: restore the folder from "
+                "a copy, or remove it to start over"
+            )
+        return None
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files, None if they are as they were written."""
+        seal = self.sums / f"{step}.json"
+        if not any((self.root / str(step)).iterdir()):
+            return "its directory is empty"
+        if not seal.exists():
+            return "it has no checksum"
+        try:
+            expected = json.loads(seal.read_text())
+        except ValueError:
+            return f"its checksum file {seal.name} is unreadable"
+        files = _hashes(self.root / str(step))
+        for name, digest in expected.items():
+            if name not in files:
+                return f"{name} is missing"
+            if files[name] != digest:
+                return f"{name} was changed after it was written"
+        return None
+
+    def _read(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
+        names = _leaves(like)
+        with ocp.CheckpointManager(self.root) as manager:
+            note = manager.restore(step, args=ocp.args.Composite(note=ocp.args.JsonRestore()))
+            stored, wanted = note["note"]["leaves"], _describe(names)
+            if stored != wanted:
+                raise CheckpointError(_difference(self.root / str(step), stored, wanted))
+            abstract = {name: _abstract(leaf) for name, leaf in names.items()}
+            args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
+            leaves = manager.restore(step, args=args)["tree"]
+        values = [
+            jax.random.wrap_key_data(leaves[name]) if _is_key(leaf) else leaves[name]
+            for name, leaf in zip(names, jax.tree.leaves(like), strict=True)
+        ]
+        log.info("restored checkpoint %d of %s", step, self.root)
+        return jax.tree.unflatten(jax.tree.structure(like), values), note["note"]["note"]
+
+    def _seal(self, step: int) -> None:
+        """Hash a checkpoint once orbax has committed it; drop the hashes of removed ones."""
+        assert self._manager is not None
+        self._manager.wait_until_finished()
+        write(self.sums / f"{step}.json", json.dumps(_hashes(self.root / str(step)), indent=1))
+        for seal in self.sums.glob("*.json"):
+            if not (self.root / seal.stem).exists():
+                seal.unlink()
+
+    def _set_aside(self, step: int, damage: str) -> None:
+        place = self.folder / "damaged"
+        place.mkdir(exist_ok=True)
+        name = next(n for i in range(10**6) if not (place / (n := f"{step}.{i}")).exists())
+        log.warning("checkpoint %d is damaged (%s), moved to %s", step, damage, place / name)
+        os.rename(self.root / str(step), place / name)
+        (self.sums / f"{step}.json").unlink(missing_ok=True)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """File name -> blake2b of its content."""
+    out = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with file.open("rb") as f:
+            digest = hashlib.file_digest(f, "blake2b").hexdigest()
+        out[str(file.relative_to(folder))] = digest
+    return out
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _leaves(tree: PyTree) -> dict[str, Any]:
+    """Path -> leaf, PRNG keys as the integers they are made of."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): _data(leaf) for path, leaf in flat
+    }
+
+
+def _data(leaf: Any) -> Any:
+    if not _is_key(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=leaf.sharding)
+    return jax.random.key_data(leaf)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _describe(leaves: dict[str, Any]) -> dict[str, str]:
+    return {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in leaves.items()}
+
+
+def _difference(path: Path, stored: dict[str, str], wanted: dict[str, str]) -> str:
+    for name in [*wanted, *stored]:
+        if stored.get(name) != wanted.get(name):
+            return (
+                f"checkpoint {path} does not fit this run: {name} is {stored.get(name, 'absent')} "
+                f"there and {wanted.get(name, 'absent')} here; it was made with another config"
+            )
+    raise AssertionError("no difference")

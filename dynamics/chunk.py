@@ -1,0 +1,220 @@
+"""A chunk of steps of a population as one compiled program.
+
+The number of steps is an argument of the program, so chunks of any length, and so any cadence of
+probes and checkpoints, run the same code: a run that is cut elsewhere has the same bits.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dynamics import mesh as meshes
+from dynamics import population, step
+from dynamics.types import Aux, PyTree, StepProbe, Stream, Task, TrainState
+
+CHUNK_BYTES = 64 * 2**20  # of Aux kept on each device
+CHUNK_STEPS = 256
+IN_FLIGHT = 4  # dispatching without bound hangs a CPU of several devices on jax 0.10
+
+Metrics = dict[str, jax.Array]
+
+
+class Chunk:
+    """The train step of a population, compiled for chunks of up to ``max_steps`` steps."""
+
+    def __init__(
+        self,
+        task: Task,
+        optimizer: optax.GradientTransformation,
+        state: TrainState,
+        stream: Stream,
+        mesh: Mesh,
+        *,
+        rules: meshes.Rules = meshes.TENSOR_PARALLEL,
+        how: population.How | None = None,
+        accumulate: int = 1,
+    ):
+        """Traces the step once, to learn its shapes and whether it convolves."""
+        self.mesh, self.stream = mesh, stream
+        self.where = meshes.shardings(state, mesh, rules)
+        self.shared = jax.device_put(stream.shared, meshes.everywhere(mesh))
+        self.own = jax.device_put(stream.own, meshes.over_replicas(mesh))
+        self._here = len(state.step) // mesh.shape[meshes.AXES[0]]
+        self._fed: tuple[int, Iterator[PyTree]] = (-1, iter(()))
+
+        def advance(unroll: bool) -> Callable[..., Any]:
+            update = step.make(task, optimizer, accumulate=accumulate, unroll=unroll)
+
+            def one(state: TrainState, own: PyTree, planned: PyTree, shared: PyTree) -> Any:
+                batch = stream.batch(shared, own, planned, state.key, state.step)
+                state, aux, metrics = update(state, meshes.split_batch(batch, mesh))
+                return state, (aux, metrics)
+
+            return one
+
+        member = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), (state, self.own))
+        trace = jax.make_jaxpr(advance(False), return_shape=True)
+        jaxpr, (_, self._outs) = trace(*member, self._planned(*member), self.shared)
+        platform = mesh.devices.flat[0].platform
+        convolutional = population.has_convolution(jaxpr)
+        self.how: population.How = how or population.choose(platform, convolutional)
+        each = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._outs))
+        self.max_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (each * self._here)))
+        self._advance = advance(unroll=convolutional and platform == "cpu")
+        if self.how == "dispatch":
+            self._compile_single()
+        else:
+            self._compile_loop()
+
+    def run(self, state: TrainState, first: int, count: int) -> tuple[TrainState, Aux, Metrics]:
+        """Do the steps first..first+count-1; ``state`` is given up.
+
+        Leaves of the Aux and the metrics are [K, max_steps, ...]; the first ``count`` are written.
+        """
+        fed = self._feed(first, count)
+        if self.how == "dispatch":
+            state, (aux, metrics) = self._run_single(state, fed, count)
+        else:
+            rest = (self.own, fed)
+            state, (aux, metrics) = self._loop(state, rest, np.int32(count), self.shared)
+        return state, aux, metrics
+
+    # ---- the same steps, as a loop inside a program or as a program a step --------------------
+
+    def _plan(self, state: TrainState, own: PyTree) -> tuple[PyTree, PyTree]:
+        """What the batches of a chunk are made from, and room for what its steps leave."""
+        room = lambda x: jnp.zeros((self.max_steps, *x.shape), x.dtype)  # noqa: E731
+        steps = state.step + jnp.arange(self.max_steps)
+        planned = jax.vmap(lambda t: self.stream.plan(own, state.key, t))(steps)
+        return planned, jax.tree.map(room, self._outs)
+
+    def _body(self, i: jax.Array, carry: PyTree, own: PyTree, planned: PyTree, shared: PyTree) -> Any:
+        state, outs = carry
+        now = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), planned)
+        state, out = self._advance(state, own, now, shared)
+        put = lambda room, x: jax.lax.dynamic_update_index_in_dim(room, x, i, 0)  # noqa: E731
+        return state, jax.tree.map(put, outs, out)
+
+    def _compile_loop(self) -> None:
+        def loop(members: tuple, count: jax.Array, shared: PyTree) -> Any:
+            state, (own, fed) = members
+            planned, outs = self._plan(state, own)
+            planned = planned if self.stream.host is None else fed
+            body = lambda i, carry: self._body(i, carry, own, planned, shared)  # noqa: E731
+            return jax.lax.fori_loop(0, count, body, (state, outs))
+
+        run = population.spread(loop, self.mesh, self.how)
+
+        def train_chunk(state: TrainState, rest: PyTree, count: jax.Array, shared: PyTree) -> Any:
+            return run((state, rest), count, shared)
+
+        self._loop = jax.jit(train_chunk, donate_argnums=0, out_shardings=(self.where, None))
+
+    def _compile_single(self) -> None:
+        def single(members: tuple, i: jax.Array, shared: PyTree) -> Any:
+            carry, (own, planned) = members
+            state, outs = self._body(i, carry, own, planned, shared)
+            return (state, outs), outs[1]["loss"][i]
+
+        run = population.spread(single, self.mesh, self.how)
+        plan = population.spread(lambda members: self._plan(*members), self.mesh, "map")
+
+        def train_step(carry: PyTree, rest: PyTree, i: jax.Array, shared: PyTree) -> Any:
+            return run((carry, rest), i, shared)
+
+        def prepare(state: TrainState, own: PyTree, fed: PyTree) -> Any:
+            planned, outs = plan((state, own))
+            planned = planned if self.stream.host is None else fed
+            return population.split(((state, outs), (own, planned)), self.mesh)
+
+        lies = meshes.over_replicas(self.mesh)
+        carry = (self.where, lies)
+        parts = [(carry, lies)] * self._here
+        self._prepare = jax.jit(prepare, out_shardings=parts)
+        self._single = jax.jit(train_step, donate_argnums=0, out_shardings=(carry, lies))
+        self._join = jax.jit(population.join, out_shardings=carry)
+
+    def _run_single(self, state: TrainState, fed: PyTree, count: int) -> Any:
+        carries = []
+        for carry, rest in self._prepare(state, self.own, fed):
+            pending = []
+            for i in range(count):
+                carry, loss = self._single(carry, rest, np.int32(i), self.shared)
+                pending.append(loss)
+                if len(pending) > IN_FLIGHT:
+                    pending.pop(0).block_until_ready()
+            carries.append(carry)
+        return self._join(carries)
+
+    # ---- batches from the host -----------------------------------------------------------------
+
+    def _planned(self, state: TrainState, own: PyTree) -> PyTree:
+        """The shapes of what one replica's batch is made from."""
+        if self.stream.host is None:
+            return jax.eval_shape(self.stream.plan, own, state.key, state.step)
+        first = next(self.stream.host(0))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
+
+    def _feed(self, first: int, count: int) -> PyTree:
+        """The batches of a chunk, [K, max_steps, ...] with zeros after the last one."""
+        if self.stream.host is None:
+            return ()
+        position, source = self._fed
+        if position != first:
+            source = self.stream.host(first)
+        fetched = [next(source) for _ in range(count)]
+        self._fed = (first + count, source)
+        fetched += [jax.tree.map(np.zeros_like, fetched[0])] * (self.max_steps - count)
+        stacked = jax.tree.map(lambda *xs: np.stack(xs, axis=1), *fetched)
+        return jax.device_put(stacked, meshes.over_replicas(self.mesh))
+
+
+class Fold:
+    """A StepProbe over a population, compiled apart from the step it watches."""
+
+    def __init__(self, probe: StepProbe, mesh: Mesh, how: population.How):
+        """Its carry lies with the replica it belongs to."""
+        how = "map" if how == "dispatch" else how
+        start = population.spread(probe.init, mesh, how)
+        self.init = jax.jit(start, out_shardings=meshes.over_replicas(mesh))
+
+        def fold(members: tuple[PyTree, Aux], count: jax.Array) -> Any:
+            carry, aux = members
+            at = lambda i: jax.tree.map(lambda x: x[i], aux)  # noqa: E731
+            body = lambda i, carry: probe.fold(carry, at(i))[0]  # noqa: E731
+            return probe.fold(jax.lax.fori_loop(0, count - 1, body, carry), at(count - 1))
+
+        spread = population.spread(fold, mesh, how)
+
+        def probe_chunk(carry: PyTree, aux: Aux, count: jax.Array) -> Any:
+            return spread((carry, aux), count)
+
+        lies = meshes.over_replicas(mesh)
+        self.run = jax.jit(probe_chunk, donate_argnums=0, out_shardings=(lies, None))
+
+
+def each_replica(mesh: Mesh, how: population.How) -> Callable[..., Any]:
+    """``each(fn)(state, *shared)``: ``fn`` of one replica, compiled once, run for all of them."""
+    compiled: dict[Any, Any] = {}
+    parts = jax.jit(lambda tree: population.split(tree, mesh))
+    join = jax.jit(population.join)
+
+    def each(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+        if fn not in compiled:
+            compiled[fn] = jax.jit(population.spread(fn, mesh, how))
+        run = compiled[fn]
+
+        def all_replicas(state: TrainState, *shared: PyTree) -> PyTree:
+            if how != "dispatch":
+                return run(state, *shared)
+            return join([run(part, *shared) for part in parts(state)])
+
+        return all_replicas
+
+    return each

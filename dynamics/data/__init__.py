@@ -1,0 +1,6 @@
+"""Data: files, their rows as datasets, label noise, synthetic problems, text, and the order."""
+
+from dynamics.data.files import DataError
+from dynamics.data.sources import DataConfig, load
+
+__all__ = ["DataConfig", "DataError", "load"]

@@ -1,0 +1,304 @@
+"""A config to datasets: which files, which of their rows, and what they are normalised with.
+
+A row keeps its place for ever: ``index`` counts the rows of the file it came from (for CIFAR those
+of data_batch_1..5 one after the other), whatever subset is loaded. Every random choice ranks the
+raw output of PCG64, whose stream numpy guarantees, unlike that of its Generator or of
+scikit-learn's splitters: one seed chooses the same rows on every machine and version.
+"""
+
+import hashlib
+import math
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, Integer, Num
+
+from dynamics.config import Count, Fraction, Seed, frozen
+from dynamics.data import files
+from dynamics.data.files import Pair
+from dynamics.types import Dataset
+
+Rows = Int[np.ndarray, "n"]
+
+ENVIRONMENT = "DYNAMICS_DATA"
+
+
+class _Layout(NamedTuple):
+    names: tuple[str, ...]  # the files, training first
+    endings: tuple[str, ...]  # each name ends in one of these
+    places: tuple[str, ...]  # below the data folder; the first that holds any of the files is taken
+    home: str  # where to fetch them
+
+
+_IDX = tuple(
+    f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
+)
+_CIFAR10 = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
+_CVDF = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+_ZALANDO = "https://github.com/zalandoresearch/fashion-mnist"
+_KRIZHEVSKY = "https://www.cs.toronto.edu/~kriz/cifar.html"
+_CIFAR10_PLACES = (
+    "cifar-10-batches-py",
+    "cifar-10-batches-bin",
+    "cifar10/cifar-10-batches-py",
+    "cifar10/cifar-10-batches-bin",
+    ".",
+)
+_CIFAR100_PLACES = (
+    "cifar-100-python",
+    "cifar-100-binary",
+    "cifar100/cifar-100-python",
+    "cifar100/cifar-100-binary",
+    ".",
+)
+_LAYOUTS = {
+    "mnist": _Layout(_IDX, ("", ".gz"), ("mnist", "MNIST/raw", "."), _CVDF),
+    "fashion_mnist": _Layout(
+        _IDX, ("", ".gz"), ("fashion_mnist", "FashionMNIST/raw", "."), _ZALANDO
+    ),
+    "cifar10": _Layout(_CIFAR10, ("", ".bin"), _CIFAR10_PLACES, _KRIZHEVSKY),
+    "cifar100": _Layout(("train", "test"), ("", ".bin"), _CIFAR100_PLACES, _KRIZHEVSKY),
+}
+# Both have the same file names and shapes; only the content tells a mix-up.
+_FIRST_LABELS = {
+    "mnist": [5, 0, 4, 1, 9, 2, 1, 3, 1, 4],
+    "fashion_mnist": [9, 0, 0, 3, 0, 2, 7, 2, 5, 5],
+}
+
+
+@frozen
+class DataConfig:
+    """Which examples are trained and tested on."""
+
+    source: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz"] = "digits"
+    """Where the examples come from. digits needs no files; the others are read from the data
+    folder."""
+    file: str = ""
+    """For npz: the file, relative to the data folder or absolute."""
+    num_train: Count | None = None
+    """How many training examples are kept, chosen at random, in the order of the file; all if
+    None. With one seed a smaller choice is part of a larger one."""
+    num_test: Count | None = None
+    """How many test examples are kept, likewise."""
+    test_fraction: Fraction = 0.25
+    """The part of each class set aside for testing, where the source has no test set of its own
+    (digits, and npz without x_test)."""
+    split_seed: Seed = 0
+    """Seed of the split and of the choices of num_train and num_test."""
+
+    def __post_init__(self):
+        if (self.source == "npz") != bool(self.file):
+            raise ValueError(
+                "DataConfig.file must name a file for source 'npz' and be empty for the others, "
+                f"got {self.file!r} with source {self.source!r}"
+            )
+
+
+class Splits(NamedTuple):
+    """What a run trains and tests on; both are normalised with the statistics of ``train``."""
+
+    train: Dataset
+    test: Dataset
+    name: str
+    num_classes: int
+
+
+def load(config: DataConfig, folder: Path | str | None = None) -> Splits:
+    """The examples ``config`` names, from ``folder`` or else from ``$DYNAMICS_DATA``.
+
+    x as stored: uint8 [n H W] or [n H W C], for npz any [n ...]. y: int32 [n]. mean and std have
+    the rank of one example: [1 1] for grey images, [1 1 C] for colour, one number for the rest
+    (features in different units: standardise them before saving).
+    """
+    source, seed = config.source, config.split_seed
+    train, test, num_classes = _read(config, folder)
+    rows = np.arange(len(train[1]))
+    if test is None:
+        test = train
+        rows, test_rows = split(train[1], config.test_fraction, seed)
+    else:
+        test_rows = np.arange(len(test[1]))
+    rows = rows[_chosen("num_train", config.num_train, len(rows), seed)]
+    test_rows = test_rows[_chosen("num_test", config.num_test, len(test_rows), seed)]
+    mean, std = moments(_taken(train[0], rows))
+    name = Path(config.file).stem if source == "npz" else source
+    return Splits(
+        train=_dataset(train, rows, mean, std),
+        test=_dataset(test, test_rows, mean, std),
+        name=name,
+        num_classes=num_classes,
+    )
+
+
+def _dataset(pair: Pair, rows: Rows, mean: np.ndarray, std: np.ndarray) -> Dataset:
+    x, y = (_taken(values, rows) for values in pair)
+    return Dataset(x=x, y=y, index=rows.astype(np.int32), mean=mean, std=std)
+
+
+def _taken(values: np.ndarray, rows: Rows) -> np.ndarray:
+    return values if len(rows) == len(values) else values[rows]  # no copy of a whole file
+
+
+def _chosen(field: str, count: int | None, available: int, seed: int) -> Rows:
+    """``count`` of ``available`` places, ascending."""
+    if count is None:
+        return np.arange(available)
+    if count > available:
+        raise ValueError(f"DataConfig.{field} must be <= {available}, all there are, got {count}")
+    return np.sort(_permutation(available, field, seed)[:count])
+
+
+def _permutation(n: int, purpose: str, seed: int) -> Rows:
+    words = np.random.PCG64([int.from_bytes(purpose.encode()), seed]).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def split(
+    y: Integer[np.ndarray, "n"], test_fraction: float, seed: int
+) -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "test"]]:
+    """Rows to train on and rows to test on, ascending: of each class the same part.
+
+    The test set has ceil(test_fraction n) rows (450 of the 1797 digits for a quarter). Each class
+    gets its share rounded down; those with the largest remainders get one more, the lower class
+    first.
+    """
+    if not 0 <= test_fraction <= 1:
+        raise ValueError(f"test_fraction must be >= 0 and <= 1, got {test_fraction!r}")
+    classes, place, counts = np.unique(y, return_inverse=True, return_counts=True)
+    size = math.ceil(round(test_fraction * len(y), 6))
+    share, remainder = np.divmod(size * counts, len(y))
+    share[np.argsort(-remainder, kind="stable")[: size - share.sum()]] += 1
+    empty = np.flatnonzero((share == 0) | (share == counts))
+    if len(empty):
+        c = empty[0]
+        raise ValueError(
+            "test_fraction must leave every class examples to train on and to test on, got "
+            f"{test_fraction:g}: {share[c]} of the {counts[c]} examples of class {classes[c]} "
+            "would be tested on"
+        )
+    permutation = _permutation(len(y), "split", seed)
+    drawn = place[permutation]
+    tested = np.zeros(len(y), bool)
+    for c, k in enumerate(share):
+        tested[permutation[drawn == c][:k]] = True
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
+def moments(
+    x: Num[np.ndarray, "n ..."],
+) -> tuple[Float32[np.ndarray, "..."], Float32[np.ndarray, "..."]]:
+    """Mean and standard deviation with the rank of one example; a std of 0 becomes 1.
+
+    Per channel for x [n H W C], over everything otherwise; in float64, a block at a time.
+    """
+    axes = (0, 1, 2) if x.ndim == 4 else tuple(range(x.ndim))
+    count = x.size // (x.shape[3] if x.ndim == 4 else 1)
+    blocks = [x[i : i + 1024] for i in range(0, len(x), 1024)]
+    total = sum(b.sum(axes, dtype=np.float64, keepdims=True) for b in blocks)
+    mean = np.asarray(total / count)
+    squares = sum(np.square(b - mean).sum(axes, keepdims=True) for b in blocks)
+    std = np.sqrt(squares / count)
+    std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)
+    return mean[0].astype(np.float32), std[0].astype(np.float32)
+
+
+def digest(dataset: Dataset) -> str:
+    """128 bits in hexadecimal that name what x, y and index hold: a hash of the dataset."""
+    out = hashlib.blake2b(digest_size=16)
+    for name in ("x", "y", "index"):
+        values = np.ascontiguousarray(getattr(dataset, name))
+        out.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
+        out.update(values.data)
+    return out.hexdigest()
+
+
+def locate(file: Path | str, folder: Path | str | None, example: str) -> Path:
+    """``file`` if absolute, else its place in the data folder, which must hold ``example``."""
+    if Path(file).is_absolute():
+        return Path(file)
+    chosen = folder or os.environ.get(ENVIRONMENT)
+    remedy = f"set {ENVIRONMENT} or --data-folder to a folder that holds {example}"
+    if not chosen:
+        remedy += "; without one there is only source 'digits'"
+        raise files.wrong("data folder", "one to read from", "none set", remedy)
+    if not Path(chosen).is_dir():
+        found = "a file" if Path(chosen).exists() else "nothing"
+        raise files.wrong(chosen, "the data folder", found, remedy)
+    return Path(chosen) / file
+
+
+def _read(config: DataConfig, folder: Path | str | None) -> tuple[Pair, Pair | None, int]:
+    """Training pair, test pair or None, number of classes."""
+    source = config.source
+    if source == "digits":
+        return _digits(), None, 10
+    if source == "npz":
+        train, test = files.read_npz(locate(config.file, folder, config.file))
+        num_classes = 1 + max(int(pair[1].max()) for pair in (train, test or train))
+        return train, test, num_classes
+    paths = _found(source, folder)
+    if source in ("mnist", "fashion_mnist"):
+        return _idx_pair(source, *paths[:2]), _idx_pair(source, *paths[2:]), 10
+    train, test = (_cifar(source, part) for part in (paths[:-1], paths[-1:]))
+    return train, test, 10 if source == "cifar10" else 100
+
+
+def _cifar(source: str, paths: list[Path]) -> Pair:
+    ten = source == "cifar10"
+    if paths[0].suffix == ".bin":
+        return files.read_cifar_binary(paths, 1 if ten else 2)
+    return files.read_cifar_pickle(paths, "labels" if ten else "fine_labels")
+
+
+def _digits() -> Pair:
+    """The 1797 digits of 8 x 8 pixels from 0 to 16 that come with scikit-learn."""
+    from sklearn.datasets import load_digits  # slow to import
+
+    x, y = load_digits(return_X_y=True)
+    return np.asarray(x).reshape(-1, 8, 8).astype(np.uint8), np.asarray(y).astype(np.int32)
+
+
+def _found(source: str, folder: Path | str | None) -> list[Path]:
+    """The source's files, all from the first place that holds any of them."""
+    names, endings, places, home = _LAYOUTS[source]
+    zipped = f"{places[0]}/{names[0]}[.gz]"
+    example = zipped if ".gz" in endings else f"{places[0]}/ or {places[1]}/"
+    root = locate("", folder, f"{example} (from {home})")
+    remedy = f"set {ENVIRONMENT} or --data-folder to a folder that holds {example} (from {home})"
+    for place in places:
+        # train-images.idx3-ubyte is how some mirrors spell train-images-idx3-ubyte
+        spelled = [[n, n.replace("-idx", ".idx")] for n in names]
+        options = [[root / place / (n + e) for n in pair for e in endings] for pair in spelled]
+        present = [[path for path in paths if path.is_file()] for paths in options]
+        if not any(present):
+            continue
+        for name, paths in zip(names, present, strict=True):
+            if not paths:
+                some = next(paths[0].name for paths in present if paths)
+                either = " or ".join(name + e for e in endings)
+                raise files.wrong(root / place, f"{either} beside {some}", "none", remedy)
+        return [paths[0] for paths in present]
+    expected = f"the files of {source} ({names[0]}, ...; {' or '.join(endings[1:])} too)"
+    raise files.wrong(root, expected, f"none in {', '.join(places)}", remedy)
+
+
+def _idx_pair(source: str, images: Path, labels: Path) -> Pair:
+    x, y = files.read_idx(images, 3), files.read_idx(labels, 1)
+    remedy = f"take both from one copy of {source}"
+    if x.dtype != np.uint8 or y.dtype != np.uint8:
+        found = f"{x.dtype} images and {y.dtype} labels"
+        raise files.wrong(images, "uint8 images and uint8 labels", found, remedy)
+    if len(x) != len(y):
+        expected = f"{len(x)} labels, as many as images in {images.name}"
+        raise files.wrong(labels, expected, f"{len(y)}", remedy)
+    if y.max() > 9:
+        raise files.wrong(labels, "labels from 0 to 9", f"{y.max()}", remedy)
+    for other, first in _FIRST_LABELS.items():
+        if other != source and y[:10].tolist() == first:
+            expected = f"the labels of {source}"
+            own = [_LAYOUTS[name].places[0] for name in (source, other)]
+            remedy = f"put each in a folder of its own: {own[0]}/ and {own[1]}/"
+            raise files.wrong(labels, expected, f"those of {other} ({first}, ...)", remedy)
+    return x, y.astype(np.int32)

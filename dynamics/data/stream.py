@@ -1,0 +1,161 @@
+"""How a step gets its batch: from the device if the data fit there, else from the host.
+
+Both make the same batches: which examples is ``order``'s business alone.
+"""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from dynamics.data.order import batch_rows
+from dynamics.types import AUGMENT, NEVER, Batch, Dataset, Key, PyTree, Stream
+
+Augment = Callable[[Key, jax.Array], jax.Array]
+
+
+def normalise(x: Shaped[Array, "b ..."], mean: Array, std: Array) -> Shaped[Array, "b ..."]:
+    """``(x - mean) / std`` in float32; ``std`` of size 0 marks tokens, which pass as integers."""
+    if std.size == 0:
+        return x.astype(jnp.int32)
+    return (x.astype(jnp.float32) - mean[None]) / std[None]
+
+
+def take(data: Dataset, rows: Int[Array, "b"]) -> Batch:
+    """The rows of a dataset as a step sees them, in the order asked for."""
+    return Batch(
+        x=normalise(data.x[rows], data.mean, data.std),
+        y=data.y[rows].astype(jnp.int32),
+        index=rows,
+    )
+
+
+def resident(
+    data: Dataset,
+    batch_size: int,
+    num_replicas: int,
+    *,
+    rows: Int[np.ndarray, "k m"] | None = None,
+    sizes: Int[np.ndarray, "k"] | None = None,
+    labels: Int[np.ndarray, "k n"] | None = None,
+    augment: Augment | None = None,
+) -> Stream:
+    """A stream from data that lies on the device as stored and is normalised in the step.
+
+    Replica s trains on the first ``sizes[s]`` of its ``rows[s]`` (all examples if None), with its
+    own ``labels[s]`` if given. ``augment(key, x)`` gets the normalised batch.
+    ValueError: shapes that don't fit, rows out of range or repeated, a batch larger than a subset.
+    """
+    own = _own(data, batch_size, num_replicas, rows, sizes, labels)
+
+    def plan(own: PyTree, key: Key, step: jax.Array) -> jax.Array:
+        where = batch_rows(key, step, own["size"], batch_size)
+        return own["rows"][where] if "rows" in own else where
+
+    def batch(shared: Dataset, own: PyTree, rows: jax.Array, key: Key, step: jax.Array) -> Batch:
+        found = take(shared, rows)
+        if "labels" in own:
+            found = found.replace(y=own["labels"][rows])
+        return _augmented(found, augment, key, step)
+
+    return Stream(plan, batch, data, own, batch_size)
+
+
+def streamed(
+    data: Dataset,
+    batch_size: int,
+    keys: Shaped[Array, "k"],
+    *,
+    rows: Int[np.ndarray, "k m"] | None = None,
+    sizes: Int[np.ndarray, "k"] | None = None,
+    labels: Int[np.ndarray, "k n"] | None = None,
+    augment: Augment | None = None,
+    num_threads: int = 4,
+) -> Stream:
+    """The same stream from data that stay on the host (a numpy memory map, say), through grain.
+
+    Batches equal those of ``resident`` for the same root ``keys``. grain fetches ahead with
+    ``num_threads`` threads; only the batches travel to the device, as stored.
+    """
+    import grain
+
+    own = _own(data, batch_size, len(keys), rows, sizes, labels)
+    host_own = jax.tree.map(np.asarray, own)
+    cpu = jax.local_devices(backend="cpu")[0]
+    host_keys = jax.device_put(jax.random.key_data(keys), cpu)
+
+    @jax.jit
+    def positions(data: jax.Array, size: jax.Array, step: jax.Array) -> jax.Array:
+        keys = jax.random.wrap_key_data(data)
+        return jax.vmap(lambda k, n: batch_rows(k, step, n, batch_size))(keys, size)
+
+    def fetch(step: int) -> PyTree:
+        with jax.default_device(cpu):
+            where = np.asarray(positions(host_keys, host_own["size"], np.int32(step)))
+        if "rows" in host_own:
+            where = np.take_along_axis(host_own["rows"], where, axis=1)
+        y = data.y[where]
+        if "labels" in host_own:
+            y = np.take_along_axis(host_own["labels"], where, axis=1)
+        return {"x": data.x[where], "y": y.astype(np.int32), "rows": where}
+
+    def host(first: int) -> Iterator[PyTree]:
+        steps = grain.MapDataset.range(first, NEVER).map(lambda t: fetch(int(t)))
+        options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+        return iter(steps.to_iter_dataset(options))
+
+    def batch(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
+        x = normalise(fed["x"], shared["mean"], shared["std"])
+        return _augmented(Batch(x=x, y=fed["y"], index=fed["rows"]), augment, key, step)
+
+    shared = {"mean": jnp.asarray(data.mean), "std": jnp.asarray(data.std)}
+    own = {"size": own["size"]}
+    return Stream(lambda own, key, step: (), batch, shared, own, batch_size, host)
+
+
+def _augmented(batch: Batch, augment: Augment | None, key: Key, step: jax.Array) -> Batch:
+    if augment is None:
+        return batch
+    key = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step)
+    return batch.replace(x=augment(key, batch.x))
+
+
+def _own(
+    data: Dataset,
+    batch_size: int,
+    num_replicas: int,
+    rows: np.ndarray | None,
+    sizes: np.ndarray | None,
+    labels: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """What differs between replicas, checked."""
+    k, n = num_replicas, len(data)
+    if rows is None:
+        sizes = np.full(k, n) if sizes is None else sizes
+    elif sizes is None:
+        sizes = np.full(k, rows.shape[1])
+    own = {"size": np.asarray(sizes, np.int32)}
+    if rows is not None:
+        if rows.shape[0] != k:
+            raise ValueError(f"rows must have one row for each of {k} replicas, got {rows.shape}")
+        for s, (r, m) in enumerate(zip(rows, own["size"], strict=True)):
+            if m > len(r) or len(np.unique(r[:m])) < m or r[:m].min() < 0 or r[:m].max() >= n:
+                raise ValueError(
+                    f"rows of replica {s} must be {m} different examples of 0..{n - 1}, got "
+                    f"{len(np.unique(r[:m]))} different ones in {r[:m].min()}..{r[:m].max()}"
+                )
+        own["rows"] = np.asarray(rows, np.int32)
+    elif own["size"].max() > n:
+        raise ValueError(f"sizes must be at most {n} examples, got {own['size'].max()}")
+    if labels is not None:
+        if labels.shape != (k, n):
+            raise ValueError(f"labels must have shape {(k, n)}, got {labels.shape}")
+        own["labels"] = np.asarray(labels, np.int32)
+    if not 1 <= batch_size <= own["size"].min():
+        raise ValueError(
+            f"batch_size must be at most {own['size'].min()}, the examples of the smallest subset, "
+            f"got {batch_size}: keep more examples or take smaller batches"
+        )
+    return own

@@ -1,0 +1,359 @@
+"""The only loop over steps: chunks, bounded dispatch, probes, checkpoints, rows."""
+
+import logging
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dynamics import mesh as meshes
+from dynamics import population, step
+from dynamics.checkpoint import Checkpoints
+from dynamics.chunk import IN_FLIGHT, Chunk, Fold, each_replica
+from dynamics.record import Recorder
+from dynamics.types import NEVER, Aux, Probe, Results, StepProbe, Stream, Task, TrainState
+
+log = logging.getLogger(__name__)
+
+CHUNK_SECONDS = 0.25  # what a chunk should take: signals and the progress line wait for its end
+CHECKPOINT_SECONDS = 60.0
+
+
+def init(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    keys: jax.Array,
+    hyperparameters: Mapping[str, Any],
+    mesh: Mesh,
+    rules: meshes.Rules = meshes.TENSOR_PARALLEL,
+) -> TrainState:
+    """The state of a population, made where it will lie: one replica for each of ``keys`` [K].
+
+    A hyperparameter is one number for all replicas or K of them. ValueError: another length.
+    """
+    k = len(keys)
+    meshes.check(mesh, k)
+    scalars = {}
+    for name, value in hyperparameters.items():
+        array = np.asarray(value, np.float32)
+        if array.shape not in ((), (k,)):
+            raise ValueError(f"{name} must be one number or {k}, one a replica, got {array.shape}")
+        scalars[name] = np.broadcast_to(array, (k,))
+
+    def make(keys: jax.Array, scalars: dict[str, jax.Array]) -> TrainState:
+        return jax.vmap(lambda key, h: step.init(task, optimizer, key, h))(keys, scalars)
+
+    where = meshes.shardings(jax.eval_shape(make, keys, scalars), mesh, rules)
+    return jax.jit(make, out_shardings=where)(keys, scalars)
+
+
+def fit(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    stream: Stream,
+    num_steps: int,
+    mesh: Mesh,
+    *,
+    probes: Sequence[Probe] = (),
+    store: Recorder | None = None,
+    rules: meshes.Rules = meshes.TENSOR_PARALLEL,
+    how: population.How | None = None,
+    accumulate: int = 1,
+    checkpoint_every: int | None = None,
+    record_every: int = 1,
+    name: str = "fit",
+) -> Results:
+    """Train the population ``state`` until it has done ``num_steps`` steps.
+
+    Rows: one for each (step, replica) with the loss of that step before its update, at every
+    ``record_every``-th step; and one for each replica where a probe measured, with its metrics of
+    the state after ``step`` updates (always at the last step, too, unless the probe lists its
+    steps). Arrays: ``<probe>.<metric>@<step>`` [K, ...], and ``diverged`` [K], the first step with
+    a loss that was not finite (infinity if none).
+
+    With a ``store`` the run is continued from its newest checkpoint and saved every
+    ``checkpoint_every`` steps (about every minute if None), at the end, and on SIGTERM, which then
+    ends the process with status 0. Results with and without a store are equal, as are those of an
+    undisturbed run and of one killed and continued on the same mesh, bit for bit.
+
+    ``how`` overrides ``population.choose``. The state passed in stays valid. Cost: one gradient
+    evaluation of the batch for each step and replica; the task's loss is traced twice. ValueError,
+    before anything is compiled, for sizes that don't fit together.
+    """
+    meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
+    _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every)
+    chunk = Chunk(
+        task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate
+    )
+    state = jax.jit(lambda tree: tree, out_shardings=chunk.where)(state)
+    watch, book, done = _Watch(probes, state, chunk), _Book(store, record_every), int(state.step[0])
+    checkpoints = Checkpoints(store.path) if store is not None else None
+    found = checkpoints.restore((state, watch.carries)) if checkpoints is not None else None
+    if found is None:
+        book.resume(0)
+        book.measured(done, watch.measure(state, done, num_steps))
+    else:
+        (state, watch.carries), position = found
+        book.resume(position)
+        done = int(state.step[0])
+    if done > num_steps:
+        raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
+    pace = _Pace(name, done, num_steps, len(state.step), checkpoint_every)
+    with _terminated(listen=store is not None) as terminated:
+        while done < num_steps:
+            first, done = done, min(watch.next(done), pace.next(done, chunk.max_steps), num_steps)
+            state, aux, metrics = chunk.run(state, first, done - first)
+            watch.fold(aux, done - first)
+            book.trained(first, done, metrics)
+            book.measured(done, watch.measure(state, done, num_steps))
+            pace.tick(book.fetched, book.loss)
+            if checkpoints is not None and (pace.save(done) or terminated.is_set()):
+                checkpoints.save(done, (state, watch.carries), book.settle())
+            if checkpoints is not None and terminated.is_set() and done < num_steps:
+                checkpoints.close()
+                log.warning("%s: stopped by SIGTERM at step %d, saved", name, done)
+                raise SystemExit(0)
+        book.settle()
+    if checkpoints is not None:
+        checkpoints.close()
+    diverged = np.asarray(state.diverged).astype(np.float64)
+    book.arrays["diverged"] = np.where(diverged == NEVER, np.inf, diverged)
+    return Results(book.columns(), book.arrays, state)
+
+
+def _check(
+    state: TrainState,
+    stream: Stream,
+    num_steps: int,
+    probes: Sequence[Probe],
+    accumulate: int,
+    checkpoint_every: int | None,
+    record_every: int,
+) -> None:
+    k = len(state.step)
+    for leaf in jax.tree.leaves(stream.own):
+        if leaf.shape[0] != k:
+            raise ValueError(
+                f"the stream is for {leaf.shape[0]} replicas, the state has {k}: give both the same"
+            )
+    if stream.batch_size % accumulate:
+        raise ValueError(
+            f"accumulate must divide the batch size {stream.batch_size}, got {accumulate}"
+        )
+    counts = {
+        "num_steps": num_steps + 1,
+        "checkpoint_every": 1 if checkpoint_every is None else checkpoint_every,
+        "record_every": record_every,
+    }
+    counts |= {f"every of probe {p.name!r}": p.every for p in probes if isinstance(p.every, int)}
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be a positive number of steps, got {value}")
+    names = [probe.name for probe in probes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two probes are named {twice[0]!r}: names must differ")
+
+
+class _Watch:
+    """The probes of a run: their carries, their cadences, their metrics."""
+
+    def __init__(self, probes: Sequence[Probe], state: TrainState, chunk: Chunk):
+        self._probes = {probe.name: probe for probe in probes}
+        self._each = each_replica(chunk.mesh, chunk.how)
+        self._folds: dict[str, Fold] = {}
+        self._metrics: dict[str, dict[str, jax.Array]] = {}
+        self.carries: dict[str, Any] = {}
+        for name, probe in self._probes.items():
+            if isinstance(probe, StepProbe):
+                self._folds[name] = Fold(probe, chunk.mesh, chunk.how)
+                self.carries[name] = self._folds[name].init(state)
+            else:
+                self.carries[name] = probe.start(state, self._each)
+
+    def next(self, done: int) -> int:
+        """The first step after ``done`` at which some probe measures."""
+        return min((_next(p.every, done) for p in self._probes.values()), default=NEVER)
+
+    def fold(self, aux: Aux, count: int) -> None:
+        """Show the steps of a chunk to the probes that read them."""
+        for name, fold in self._folds.items():
+            carry, metrics = fold.run(self.carries[name], aux, np.int32(count))
+            self.carries[name], self._metrics[name] = carry, metrics
+
+    def measure(self, state: TrainState, done: int, num_steps: int) -> dict[str, jax.Array]:
+        """The metrics of the probes that are due after ``done`` steps."""
+        found: dict[str, jax.Array] = {}
+        for name, probe in self._probes.items():
+            last = done == num_steps and isinstance(probe.every, int)
+            if not (last or _next(probe.every, done - 1) == done):
+                continue
+            if name in self._folds:
+                metrics = self._metrics.get(name, {})  # nothing folded yet before the first step
+            else:
+                assert not isinstance(probe, StepProbe)
+                self.carries[name], metrics = probe.measure(self.carries[name], state, self._each)
+            found |= {f"{name}.{metric}": value for metric, value in metrics.items()}
+        return found
+
+
+def _next(every: int | Collection[int], done: int) -> int:
+    """The first due step after ``done``."""
+    if isinstance(every, int):
+        return (done // every + 1) * every
+    return min((s for s in every if s > done), default=NEVER)
+
+
+class _Book:
+    """Rows and arrays: fetched some chunks after they were dispatched, appended to the store."""
+
+    def __init__(self, store: Recorder | None, record_every: int):
+        self._store, self._every = store, record_every
+        self._pending: deque[tuple[int, int, dict[str, jax.Array], bool]] = deque()
+        self._rows: list[dict[str, np.ndarray]] = []
+        self._diverged: set[int] = set()
+        self.arrays: dict[str, np.ndarray] = {}
+        self.fetched, self.loss = 0, float("nan")  # how far the fetched losses go, and the last
+
+    def resume(self, position: int) -> None:
+        """Take up the rows and arrays of a checkpoint."""
+        if self._store is None:
+            return
+        rows = self._store.rewind(position)
+        names = dict.fromkeys(name for row in rows for name in row)
+        if rows:
+            self._rows = [{n: np.array([r.get(n, np.nan) for r in rows]) for n in names}]
+            self.arrays = self._store.arrays()
+
+    def trained(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:
+        """The steps first..last-1 were dispatched."""
+        self._push(first, last, metrics, True)
+
+    def measured(self, done: int, metrics: dict[str, jax.Array]) -> None:
+        """Probes measured the state after ``done`` steps."""
+        if metrics:
+            self._push(done, done + 1, metrics, False)
+
+    def settle(self) -> int:
+        """Fetch and store everything; the position of the live rows on the disk."""
+        while self._pending:
+            self._retire(*self._pending.popleft())
+        return self._store.position() if self._store is not None else 0
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """All rows; NaN where a row has no such column."""
+        names = dict.fromkeys(name for rows in self._rows for name in rows)
+
+        def column(rows: dict[str, np.ndarray], name: str) -> np.ndarray:
+            return rows[name] if name in rows else np.full(len(rows["step"]), np.nan)
+
+        return {n: np.concatenate([column(rows, n) for rows in self._rows]) for n in names}
+
+    def _push(self, first: int, last: int, metrics: dict[str, jax.Array], trained: bool) -> None:
+        self._pending.append((first, last, metrics, trained))
+        while len(self._pending) > IN_FLIGHT:
+            self._retire(*self._pending.popleft())
+
+    def _retire(self, first: int, last: int, metrics: dict[str, jax.Array], trained: bool) -> None:
+        values = {name: np.asarray(value) for name, value in metrics.items()}
+        if trained:
+            values = {name: value[:, : last - first] for name, value in values.items()}
+            self.fetched = last
+            self._note(first, values["loss"])
+        else:
+            for name in [n for n, value in values.items() if value.ndim > 1]:
+                self._keep(f"{name}@{first}", values.pop(name))
+            values = {name: value[:, None] for name, value in values.items()}
+        steps = np.arange(first, last)
+        chosen = np.flatnonzero(steps % self._every == 0) if trained else np.array([0])
+        if not values or not len(chosen):
+            return
+        k = len(next(iter(values.values())))
+        rows = {
+            "step": np.repeat(steps[chosen], k),
+            "replica": np.tile(np.arange(k), len(chosen)),
+            **{n: v[:, chosen].T.reshape(-1).astype(np.float64) for n, v in values.items()},
+        }
+        self._rows.append(rows)
+        if self._store is not None:
+            self._store.append(rows)
+
+    def _keep(self, name: str, value: np.ndarray) -> None:
+        self.arrays[name] = value
+        if self._store is not None:
+            self._store.array(name, value)
+
+    def _note(self, first: int, loss: np.ndarray) -> None:
+        """Remember the mean loss, and warn of each replica once when it diverges."""
+        last = loss[:, -1]
+        self.loss = float(last[np.isfinite(last)].mean()) if np.isfinite(last).any() else np.nan
+        for replica in np.flatnonzero(~np.isfinite(loss).all(axis=1)):
+            if replica not in self._diverged:
+                self._diverged.add(int(replica))
+                at = first + int(np.argmin(np.isfinite(loss[replica])))
+                log.warning("replica %d diverged: its loss at step %d is not finite", replica, at)
+
+
+class _Pace:
+    """How long chunks are, when to save, and the progress that is logged."""
+
+    def __init__(self, name: str, done: int, num_steps: int, replicas: int, every: int | None):
+        self._name, self._num_steps, self._replicas, self._every = name, num_steps, replicas, every
+        self._chunk, self._rate, self._fetched = 8, float("nan"), done
+        self._last = self._saved = time.monotonic()
+
+    def next(self, done: int, max_steps: int) -> int:
+        """Where the next chunk should end."""
+        end = done + min(self._chunk, max_steps)
+        return end if self._every is None else min(end, _next(self._every, done))
+
+    def tick(self, fetched: int, loss: float) -> None:
+        """So many steps are known to be computed: adapt the chunks, report."""
+        now, steps = time.monotonic(), fetched - self._fetched
+        if not steps:
+            return
+        rate = steps / max(now - self._last, 1e-6)  # the first one, with the compilation, is dropped
+        known = np.isfinite(self._rate) and self._rate > 0
+        self._rate = 0.7 * self._rate + 0.3 * rate if known else (0.0 if self._rate != 0 else rate)
+        self._last, self._fetched = now, fetched
+        if self._rate > 0:
+            self._chunk = int(np.clip(self._rate * CHUNK_SECONDS, 1, 4 * self._chunk))
+            log.info(
+                "%s: step %d of %d, loss %.4g, %d replicas, %.3g steps/s, %.0f s left",
+                *(self._name, fetched, self._num_steps, loss, self._replicas),
+                *(self._rate, (self._num_steps - fetched) / self._rate),
+                extra={"progress": (self._name, fetched, self._num_steps, self._replicas, loss)},
+            )
+
+    def save(self, done: int) -> bool:
+        """Whether a checkpoint is due."""
+        now = time.monotonic()
+        if self._every is None:
+            due = now - self._saved > CHECKPOINT_SECONDS
+        else:
+            due = done % self._every == 0
+        due = due or done == self._num_steps
+        self._saved = now if due else self._saved
+        return due
+
+
+@contextmanager
+def _terminated(listen: bool) -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, where a handler can be installed."""
+    event = threading.Event()
+    if not listen or threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,158 @@
+"""Devices: starting up, the mesh (replica, data, model), and what lies where on it.
+
+The only file that names mesh axes. All meshes have Auto axis types: under Explicit ones
+per-example gradients of convolutions fail.
+"""
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dynamics.types import PyTree
+
+AXES = ("replica", "data", "model")
+
+Rule = Callable[[tuple[int, ...], Mesh], PartitionSpec]
+Rules = Sequence[tuple[str, Rule]]
+"""(regular expression over a leaf's path, rule): the first whose expression is found is used."""
+
+
+def start() -> None:
+    """Prepare this process; call it before anything else touches jax.
+
+    Joins the other processes where a cluster is detected (SLURM, Open MPI, Kubernetes, Cloud TPU),
+    gives a CPU one device per core (JAX_NUM_CPU_DEVICES overrides), and keeps compiled programs in
+    the user's cache folder. ``DYNAMICS_CACHE`` is the switch for that: a folder, or ``off``.
+    """
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+    folder = os.environ.get("DYNAMICS_CACHE") or str(_user_cache() / "training-dynamics" / "jax")
+    if folder != "off":
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if _in_cluster():
+        jax.distributed.initialize()
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
+def _in_cluster() -> bool:
+    """Whether jax would find other processes by itself."""
+    several = any(
+        int(os.environ.get(name, "1")) > 1
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    )
+    return several or "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ
+
+
+def make(replica: int = 1, data: int = 1, model: int = 1) -> Mesh:
+    """A mesh of replica x data x model devices; ValueError if this machine has fewer."""
+    sizes = dict(zip(AXES, (replica, data, model), strict=True))
+    if bad := {name: size for name, size in sizes.items() if size < 1}:
+        raise ValueError(f"mesh axes must be at least 1, got {bad}")
+    devices = jax.devices()
+    needed = replica * data * model
+    if needed > len(devices):
+        raise ValueError(
+            f"mesh {sizes} needs {needed} devices, this machine has {len(devices)}"
+            + (" (set JAX_NUM_CPU_DEVICES for more)" if devices[0].platform == "cpu" else "")
+        )
+    return jax.make_mesh(
+        (replica, data, model), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed]
+    )
+
+
+def for_population(num_replicas: int) -> Mesh:
+    """Replicas over as many devices as divide them evenly."""
+    available = len(jax.devices())
+    return make(max(r for r in range(1, available + 1) if num_replicas % r == 0))
+
+
+def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:
+    """ValueError unless a population and its batches divide over the mesh."""
+    if mesh.axis_names != AXES:
+        raise ValueError(f"the mesh must have the axes {AXES}, got {mesh.axis_names}: mesh.make()")
+    sizes = {"replica": ("the number of replicas", num_replicas)}
+    if batch_size is not None:
+        sizes["data"] = ("the (micro)batch size", batch_size)
+    for axis, (what, size) in sizes.items():
+        if size % mesh.shape[axis]:
+            raise ValueError(
+                f"{what} must be a multiple of the mesh's {axis} axis, {mesh.shape[axis]}, got {size}"
+            )
+
+
+def replicas(mesh: Mesh) -> PartitionSpec:
+    """Of anything whose first axis is the replica axis."""
+    return PartitionSpec("replica")
+
+
+def everywhere(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def over_replicas(mesh: Mesh) -> NamedSharding:
+    """The first axis over the replica axis, the rest in one piece."""
+    return NamedSharding(mesh, replicas(mesh))
+
+
+def split_batch(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Inside the step: the leading axis of one replica's batch over the data axis."""
+    if mesh.shape["data"] == 1:
+        return tree
+    spec = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+
+# ---- what lies where: rules see a leaf of one replica -----------------------------------------
+
+
+def replicated(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """A copy on every device of the data and model axes."""
+    return PartitionSpec()
+
+
+def last_over_model(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Output features over the model axis where they divide; else replicated."""
+    if len(shape) >= 1 and shape[-1] % mesh.shape["model"] == 0:
+        return PartitionSpec(*[None] * (len(shape) - 1), "model")
+    return PartitionSpec()
+
+
+def largest_over_data(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Fully sharded: features over model as above, the largest other axis over data."""
+    axes: list[str | None] = [*last_over_model(shape, mesh)] or [None] * len(shape)
+    free = [i for i, a in enumerate(axes) if a is None and shape[i] % mesh.shape["data"] == 0]
+    if free:
+        axes[max(free, key=lambda i: shape[i])] = "data"
+    return PartitionSpec(*axes)
+
+
+TENSOR_PARALLEL: Rules = ((r"kernel|embedding", last_over_model), (r"", replicated))
+FULLY_SHARDED: Rules = ((r"kernel|embedding|scale|bias", largest_over_data), (r"", replicated))
+
+
+def shardings(state: PyTree, mesh: Mesh, rules: Rules = TENSOR_PARALLEL) -> PyTree:
+    """A NamedSharding for every leaf of a population's state, by its path.
+
+    Optimizer state and averages carry the path of the parameter they belong to, so one rule places
+    all of them. ValueError: no rule matches.
+    """
+
+    def place(path: tuple, leaf: jax.Array) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, rule in rules:
+            if re.search(pattern, name):
+                spec = rule(tuple(leaf.shape[1:]), mesh)
+                return NamedSharding(mesh, PartitionSpec("replica", *spec))
+        raise ValueError(f"no sharding rule matches {name!r}; end the rules with ('', replicated)")
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,285 @@
+"""A run directory: what was asked, what made it, what came out. Imports no jax.
+
+::
+
+    <folder>/<fingerprint>/  config.json  provenance.json
+                             rows.jsonl (live) -> rows.parquet (finished)
+                             arrays/<name>.npz  checkpoints/  checksums/  done.json
+
+Everything but the live rows is written under a temporary name and renamed, so a directory is
+readable whatever happened to the process that wrote it. ``done.json`` is written last.
+"""
+
+import datetime
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import polars as pl
+
+from dynamics import config as configs
+
+PACKAGES = ("training-dynamics", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+T = TypeVar("T")
+
+
+class RecordError(Exception):
+    """A run directory that can't be used as asked."""
+
+
+class Table(NamedTuple):
+    """What a study leaves behind: rows as equally long columns, arrays by name."""
+
+    rows: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]
+
+
+class Run(NamedTuple):
+    """A run directory, read."""
+
+    path: Path
+    fingerprint: str
+    config: dict[str, Any]  # nested; ``kind`` names the class of each part
+    provenance: dict[str, Any]
+    rows: pl.DataFrame
+    arrays: dict[str, np.ndarray]
+    done: bool
+
+
+def read(path: Path | str) -> Run:
+    """A run directory, finished or not; a last half-written row is dropped.
+
+    RecordError: no run there.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise RecordError(f"{path} holds no run: it has no config.json")
+    if (path / "rows.parquet").is_file():
+        rows = pl.read_parquet(path / "rows.parquet")
+    else:
+        rows = pl.DataFrame(_columns(_live_rows(path)))
+    return Run(
+        path=path,
+        fingerprint=path.name,
+        config=json.loads((path / "config.json").read_text()),
+        provenance=json.loads((path / "provenance.json").read_text()),
+        rows=rows,
+        arrays=_read_arrays(path),
+        done=(path / "done.json").is_file(),
+    )
+
+
+def runs(root: Path | str, experiment: str) -> list[Path]:
+    """The finished runs of an experiment, the newest last."""
+    found = Path(root, experiment).glob("*/done.json")
+    return [done.parent for done in sorted(found, key=lambda p: (p.stat().st_mtime_ns, str(p)))]
+
+
+def read_all(paths: Sequence[Path | str]) -> pl.DataFrame:
+    """The rows of many runs in one table, each with its config flattened into ``config.*``."""
+    frames = []
+    for path in paths:
+        run = read(path)
+        values = {f"config.{k}": v for k, v in _flat(run.config).items()}
+        columns = [pl.lit(v).alias(k) for k, v in ({"run": run.fingerprint} | values).items()]
+        frames.append(run.rows.with_columns(columns))
+    return pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
+
+
+def completed(
+    folder: Path | str | None,
+    points: Sequence[T],
+    compute: Callable[[Sequence[T], "Recorder | None"], Sequence[Table]],
+    about: Mapping[str, Any],
+) -> list[Table]:
+    """The table of each point: read if its directory is finished, else computed and stored.
+
+    ``compute`` gets the missing points together, and the recorder of the directory they are
+    computed in: the point's own, or one for the group that is removed when all are stored.
+    ``about`` goes into the provenance; its ``data``, the hash of the data, must be that of a
+    finished run. RecordError if it isn't.
+    """
+    if folder is None:
+        return list(compute(points, None))
+    homes = [Path(folder, configs.fingerprint(point)) for point in points]
+    for home in homes:
+        if (home / "done.json").is_file():
+            _same_data(home, about)
+    missing = [
+        (p, h) for p, h in zip(points, homes, strict=True) if not (h / "done.json").is_file()
+    ]
+    if missing:
+        todo = tuple(point for point, _ in missing)
+        work = missing[0][1]
+        if len(todo) > 1:
+            work = Path(folder, "group-" + configs.fingerprint(todo))
+        tables = compute(todo, Recorder(work, todo if len(todo) > 1 else todo[0], about))
+        for (point, home), table in zip(missing, tables, strict=True):
+            Recorder(home, point, about).finish(table)
+        if len(todo) > 1:
+            shutil.rmtree(work)
+    return [_table(read(home)) for home in homes]
+
+
+def _table(run: Run) -> Table:
+    return Table({name: run.rows[name].to_numpy() for name in run.rows.columns}, run.arrays)
+
+
+def _same_data(home: Path, about: Mapping[str, Any]) -> None:
+    then = json.loads((home / "provenance.json").read_text()).get("data")
+    if then != about.get("data"):
+        raise RecordError(
+            f"{home} was computed on other data (hash {then}, now {about.get('data')}): "
+            "bring the data back, or give another --runs folder"
+        )
+
+
+class Recorder:
+    """Writes one run directory."""
+
+    def __init__(self, path: Path | str, config: Any, about: Mapping[str, Any] | None = None):
+        """Opens or makes the directory; what a killed process left half-written is removed."""
+        self.path = Path(path)
+        (self.path / "arrays").mkdir(parents=True, exist_ok=True)
+        for left in self.path.rglob(".*.tmp"):
+            left.unlink()
+        write(self.path / "config.json", configs.to_json(config))
+        write(self.path / "provenance.json", json.dumps(provenance(about or {}), indent=1))
+        self._rows = self.path / "rows.jsonl"
+
+    def append(self, columns: Mapping[str, np.ndarray]) -> None:
+        """Rows at the end of the live table; NaN stands for what a row does not have."""
+        names = list(columns)
+        lists = [np.asarray(columns[name]).tolist() for name in names]
+        lines = [json.dumps(dict(zip(names, row, strict=True))) for row in zip(*lists, strict=True)]
+        with self._rows.open("a") as f:
+            f.write("".join(line + "\n" for line in lines))
+
+    def position(self) -> int:
+        """The bytes of live rows that are safely on the disk."""
+        with self._rows.open("ab") as f:
+            os.fsync(f.fileno())
+            return f.tell()
+
+    def rewind(self, position: int) -> list[dict[str, Any]]:
+        """Drop the live rows past ``position``; the rows that stay. RecordError: fewer are there."""
+        size = self._rows.stat().st_size if self._rows.exists() else 0
+        if size < position:
+            raise RecordError(
+                f"{self._rows} has {size} bytes, the checkpoint was made with {position}: "
+                "rows were lost; remove the run directory to start over"
+            )
+        if self._rows.exists():
+            os.truncate(self._rows, position)
+        return _live_rows(self.path)
+
+    def array(self, name: str, value: np.ndarray) -> None:
+        """One array, readable from the moment this returns."""
+        buffer = io.BytesIO()
+        np.savez(buffer, value=value)
+        write(self.path / "arrays" / f"{name}.npz", buffer.getvalue())
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays stored so far."""
+        return _read_arrays(self.path)
+
+    def finish(self, table: Table) -> None:
+        """Store the final table and mark the directory done; the live rows give way to it."""
+        for name, value in table.arrays.items():
+            self.array(name, value)
+        buffer = io.BytesIO()
+        pl.DataFrame(table.rows).write_parquet(buffer)
+        write(self.path / "rows.parquet", buffer.getvalue())
+        done = {"finished": _now(), "arrays": sorted(table.arrays)}
+        write(self.path / "done.json", json.dumps(done))
+        self._rows.unlink(missing_ok=True)
+        for stored in (self.path / "arrays").glob("*.npz"):
+            if stored.stem not in table.arrays:
+                stored.unlink()
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """A whole file or none: a temporary name, then rename."""
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def provenance(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What made a result: code, versions, machine, command, time; and ``about``."""
+    here = Path(__file__).parent
+    return {
+        "started": _now(),
+        "command": sys.argv,
+        "git": _git(here, "rev-parse", "HEAD"),
+        "dirty": _git(here, "diff", "HEAD"),
+        "python": platform.python_version(),
+        "machine": platform.platform(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **about,
+    }
+
+
+def _git(where: Path, *command: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *command], cwd=where, capture_output=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _live_rows(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of rows.jsonl."""
+    file = path / "rows.jsonl"
+    if not file.is_file():
+        return []
+    lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is half a row
+    return [json.loads(line) for line in lines]
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
+    """Rows to columns; a row without a column has NaN there."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: np.array([row.get(name, float("nan")) for row in rows]) for name in names}
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    out = {}
+    for file in sorted((path / "arrays").glob("*.npz")):
+        with np.load(file) as stored:
+            out[file.stem] = stored["value"]
+    return out
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, inner in value.items():
+        nested = isinstance(inner, dict)
+        out |= _flat(inner, f"{prefix}{name}.") if nested else {prefix + name: inner}
+    return out

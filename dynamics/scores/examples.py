@@ -1,0 +1,68 @@
+"""A function of a batch, run over a dataset: padded at the end, cut to size, never reordered."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dynamics.data.stream import normalise
+from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
+
+PerExample = Callable[[Task, TrainState, Batch], PyTree]
+
+
+def over_examples(
+    score: PerExample,
+    task: Task,
+    state: TrainState,
+    data: Dataset,
+    *,
+    labels: Int[np.ndarray, "k n"] | None = None,
+    batch_size: int = 256,
+    each: Each | None = None,
+) -> PyTree:
+    """``score(task, state, batch)`` of every example: f32[N, ...] in dataset order.
+
+    With ``each`` (what ``fit`` hands to a StateProbe) the state is a population's, every replica
+    may have its own ``labels``, and the result is [K, N, ...]. Batches go to the device one by one
+    as stored; the result does not depend on ``batch_size`` but for rounding.
+    """
+    n = len(data)
+    size = min(batch_size, n)
+    fn = _bound(score, task)
+    y = np.asarray(data.y) if labels is None else labels
+    if each is not None and labels is None:
+        y = np.broadcast_to(y, (len(state.step), *y.shape))
+    run = _compiled(fn) if each is None else each(fn)
+    parts = []
+    for first in range(0, n, size):
+        rows = np.minimum(np.arange(first, first + size), n - 1).astype(np.int32)
+        own = np.take(y, rows, axis=0 if each is None else 1)
+        parts.append(run((state, own), np.asarray(data.x)[rows], rows, data.mean, data.std))
+    axis = 0 if each is None else 1
+
+    def whole(*xs: jax.Array) -> jax.Array:
+        return jax.lax.slice_in_dim(jnp.concatenate(xs, axis=axis), 0, n, axis=axis)
+
+    return jax.tree.map(whole, *parts)
+
+
+@functools.lru_cache(maxsize=64)
+def _bound(score: PerExample, task: Task) -> Callable[..., Any]:
+    """The same function object for the same score and task, so that it is compiled once."""
+
+    def per_example(own: tuple, x: jax.Array, rows: jax.Array, mean: Any, std: Any) -> PyTree:
+        state, y = own
+        batch = Batch(x=normalise(x, mean, std), y=y.astype(jnp.int32), index=rows)
+        return score(task, state, batch)
+
+    return per_example
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.jit(fn)

@@ -1,0 +1,106 @@
+"""The one train step, of one replica: pure, unjitted, and ignorant of every method."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dynamics.types import INIT, LOSS, NEVER, Aux, Batch, Key, PyTree, Task, TrainState
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Aux, dict[str, jax.Array]]]
+
+
+def init(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    hyperparameters: Mapping[str, jax.Array],
+) -> TrainState:
+    """The state before the first step, from a root key and the replica's scalars."""
+    params, extras = task.init(jax.random.fold_in(key, INIT))
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        extras=extras,
+        opt_state=optimizer.init(params),
+        hyperparameters=dict(hyperparameters),
+        key=key,
+        diverged=jnp.int32(NEVER),
+    )
+
+
+def make(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    unroll: bool = False,
+) -> Step:
+    """``(state, batch) -> (state, aux, metrics)``: gradient, update, and nothing else.
+
+    The optimizer is any optax transformation; one that takes ``hyperparameters`` and ``step`` as
+    extra arguments gets them. The batch is split into ``accumulate`` microbatches whose gradients
+    are averaged; batch statistics see them one after the other. ``unroll`` writes that loop out,
+    for convolutions on a CPU.
+
+    From the first step whose loss is not finite, the replica is frozen: its ``diverged`` is that
+    step, its parameters are those that gave the loss, and only its clock goes on.
+
+    Cost: one gradient evaluation of the batch.
+    """
+    update = optax.with_extra_args_support(optimizer).update
+    gradient = jax.value_and_grad(task.loss, has_aux=True)
+
+    def accumulated(
+        state: TrainState, batch: Batch, key: Key
+    ) -> tuple[tuple[jax.Array, tuple[PyTree, Aux]], PyTree]:
+        if accumulate == 1:
+            return gradient(state.params, state.extras, batch, key, state.hyperparameters)
+        size = batch.index.shape[0] // accumulate
+        parts = jax.tree.map(lambda x: x.reshape(accumulate, size, *x.shape[1:]), batch)
+
+        def one(carry: tuple, part: tuple[jax.Array, Batch]) -> tuple[tuple, tuple]:
+            extras, total = carry
+            i, micro = part
+            (loss, (extras, aux)), grads = gradient(
+                state.params, extras, micro, jax.random.fold_in(key, i), state.hyperparameters
+            )
+            return (extras, jax.tree.map(jnp.add, total, grads)), (loss, aux)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        (extras, total), (loss, aux) = jax.lax.scan(
+            one, (state.extras, zeros), (jnp.arange(accumulate), parts), unroll=unroll
+        )
+        scalars = jax.tree.map(lambda x: x.mean(axis=0), aux.scalars)
+        aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux.replace(scalars={}))
+        grads = jax.tree.map(lambda g: g / accumulate, total)
+        return (loss.mean(), (extras, aux.replace(scalars=scalars))), grads
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Aux, dict[str, jax.Array]]:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, LOSS), state.step)
+        (loss, (extras, aux)), grads = accumulated(state, batch, key)
+        updates, opt_state = update(
+            grads,
+            state.opt_state,
+            state.params,
+            hyperparameters=state.hyperparameters,
+            step=state.step,
+        )
+        after = (optax.apply_updates(state.params, updates), extras, opt_state)
+        before = (state.params, state.extras, state.opt_state)
+        diverged = jnp.minimum(state.diverged, jnp.where(jnp.isfinite(loss), NEVER, state.step))
+        alive = diverged == NEVER
+        params, extras, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(alive, new, old), after, before
+        )
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            extras=extras,
+            opt_state=opt_state,
+            diverged=diverged,
+        )
+        return state, aux, {"loss": loss, **aux.scalars}
+
+    return step
