@@ -18,8 +18,8 @@ from dynamics import mesh as meshes
 from dynamics import population, step
 from dynamics.types import Aux, PyTree, StepProbe, Stream, Task, TrainState
 
-CHUNK_BYTES = 64 * 2**20  # of Aux kept on each device
-CHUNK_STEPS = 256
+CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes on each device
+CHUNK_STEPS = 256  # enough that dispatching a chunk is little beside computing it
 IN_FLIGHT = 4  # dispatching without bound hangs a CPU of several devices on jax 0.10
 
 Metrics = dict[str, jax.Array]
@@ -51,8 +51,8 @@ class Chunk:
         def advance(unroll: bool) -> Callable[..., Any]:
             update = step.make(task, optimizer, accumulate=accumulate, unroll=unroll)
 
-            def one(state: TrainState, own: PyTree, planned: PyTree, shared: PyTree) -> Any:
-                batch = stream.batch(shared, own, planned, state.key, state.step)
+            def one(state: TrainState, own: PyTree, fed: PyTree, shared: PyTree) -> Any:
+                batch = stream.batch(shared, own, fed, state.key, state.step)
                 state, aux, metrics = update(state, meshes.split_batch(batch, mesh))
                 return state, (aux, metrics)
 
@@ -60,7 +60,7 @@ class Chunk:
 
         member = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), (state, self.own))
         trace = jax.make_jaxpr(advance(False), return_shape=True)
-        jaxpr, (_, self._outs) = trace(*member, self._planned(*member), self.shared)
+        jaxpr, (_, self._outs) = trace(*member, self._fed_shapes(), self.shared)
         platform = mesh.devices.flat[0].platform
         convolutional = population.has_convolution(jaxpr)
         self.how: population.How = how or population.choose(platform, convolutional)
@@ -87,16 +87,14 @@ class Chunk:
 
     # ---- the same steps, as a loop inside a program or as a program a step --------------------
 
-    def _plan(self, state: TrainState, own: PyTree) -> tuple[PyTree, PyTree]:
-        """What the batches of a chunk are made from, and room for what its steps leave."""
+    def _room(self) -> PyTree:
+        """For what the steps of a chunk leave."""
         room = lambda x: jnp.zeros((self.max_steps, *x.shape), x.dtype)  # noqa: E731
-        steps = state.step + jnp.arange(self.max_steps)
-        planned = jax.vmap(lambda t: self.stream.plan(own, state.key, t))(steps)
-        return planned, jax.tree.map(room, self._outs)
+        return jax.tree.map(room, self._outs)
 
-    def _body(self, i: jax.Array, carry: PyTree, own: PyTree, planned: PyTree, shared: PyTree) -> Any:
+    def _body(self, i: jax.Array, carry: PyTree, own: PyTree, fed: PyTree, shared: PyTree) -> Any:
         state, outs = carry
-        now = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), planned)
+        now = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), fed)
         state, out = self._advance(state, own, now, shared)
         put = lambda room, x: jax.lax.dynamic_update_index_in_dim(room, x, i, 0)  # noqa: E731
         return state, jax.tree.map(put, outs, out)
@@ -104,10 +102,8 @@ class Chunk:
     def _compile_loop(self) -> None:
         def loop(members: tuple, count: jax.Array, shared: PyTree) -> Any:
             state, (own, fed) = members
-            planned, outs = self._plan(state, own)
-            planned = planned if self.stream.host is None else fed
-            body = lambda i, carry: self._body(i, carry, own, planned, shared)  # noqa: E731
-            return jax.lax.fori_loop(0, count, body, (state, outs))
+            body = lambda i, carry: self._body(i, carry, own, fed, shared)  # noqa: E731
+            return jax.lax.fori_loop(0, count, body, (state, self._room()))
 
         run = population.spread(loop, self.mesh, self.how)
 
@@ -118,20 +114,18 @@ class Chunk:
 
     def _compile_single(self) -> None:
         def single(members: tuple, i: jax.Array, shared: PyTree) -> Any:
-            carry, (own, planned) = members
-            state, outs = self._body(i, carry, own, planned, shared)
+            carry, (own, fed) = members
+            state, outs = self._body(i, carry, own, fed, shared)
             return (state, outs), outs[1]["loss"][i]
 
         run = population.spread(single, self.mesh, self.how)
-        plan = population.spread(lambda members: self._plan(*members), self.mesh, "map")
+        room = population.spread(lambda state: self._room(), self.mesh, "vmap")
 
         def train_step(carry: PyTree, rest: PyTree, i: jax.Array, shared: PyTree) -> Any:
             return run((carry, rest), i, shared)
 
         def prepare(state: TrainState, own: PyTree, fed: PyTree) -> Any:
-            planned, outs = plan((state, own))
-            planned = planned if self.stream.host is None else fed
-            return population.split(((state, outs), (own, planned)), self.mesh)
+            return population.split(((state, room(state)), (own, fed)), self.mesh)
 
         lies = meshes.over_replicas(self.mesh)
         carry = (self.where, lies)
@@ -154,10 +148,10 @@ class Chunk:
 
     # ---- batches from the host -----------------------------------------------------------------
 
-    def _planned(self, state: TrainState, own: PyTree) -> PyTree:
-        """The shapes of what one replica's batch is made from."""
+    def _fed_shapes(self) -> PyTree:
+        """The shapes of what one replica is fed for a step."""
         if self.stream.host is None:
-            return jax.eval_shape(self.stream.plan, own, state.key, state.step)
+            return ()
         first = next(self.stream.host(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
 

@@ -27,7 +27,7 @@ class Range:
     above: float = -math.inf
     below: float = math.inf
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: float | int) -> bool:
         return self.low <= value <= self.high and self.above < value < self.below
 
     def __str__(self) -> str:
@@ -41,11 +41,11 @@ class Replica:
     """Marks a number that may differ between the replicas of one compiled program."""
 
 
-Positive = Annotated[float, Range(above=0)]
-NonNegative = Annotated[float, Range(low=0)]
-Fraction = Annotated[float, Range(low=0, high=1)]
-Count = Annotated[int, Range(low=1)]
-Seed = Annotated[int, Range(low=0, high=2**31 - 1)]
+Positive = Annotated[float, Range(above=0.0)]
+NonNegative = Annotated[float, Range(low=0.0)]
+Fraction = Annotated[float, Range(low=0.0, high=1.0)]
+Count = Annotated[int, Range(low=1.0)]
+Seed = Annotated[int, Range(low=0.0, high=2.0**31 - 1)]
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -68,7 +68,9 @@ def frozen(cls: type[T]) -> type[T]:
             own(self)
 
     cls.__post_init__ = __post_init__  # pyright: ignore[reportAttributeAccessIssue]
-    return dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+    made.__init__.__no_type_check__ = True  # the checks above are clearer than a type checker's
+    return made
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:

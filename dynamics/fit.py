@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 CHUNK_SECONDS = 0.25  # what a chunk should take: signals and the progress line wait for its end
 CHECKPOINT_SECONDS = 60.0
+SAY_SECONDS = 0.2
 
 
 def init(
@@ -308,7 +309,7 @@ class _Pace:
     def __init__(self, name: str, done: int, num_steps: int, replicas: int, every: int | None):
         self._name, self._num_steps, self._replicas, self._every = name, num_steps, replicas, every
         self._chunk, self._rate, self._fetched = 8, float("nan"), done
-        self._last = self._saved = time.monotonic()
+        self._last = self._saved = self._said = time.monotonic()
 
     def next(self, done: int, max_steps: int) -> int:
         """Where the next chunk should end."""
@@ -326,6 +327,8 @@ class _Pace:
         self._last, self._fetched = now, fetched
         if self._rate > 0:
             self._chunk = int(np.clip(self._rate * CHUNK_SECONDS, 1, 4 * self._chunk))
+        if self._rate > 0 and now - self._said > SAY_SECONDS:
+            self._said = now
             log.info(
                 "%s: step %d of %d, loss %.4g, %d replicas, %.3g steps/s, %.0f s left",
                 *(self._name, fetched, self._num_steps, loss, self._replicas),

@@ -82,15 +82,13 @@ class Task(NamedTuple):
 class Stream(NamedTuple):
     """Batch t of replica s as a pure function of (s, t).
 
-    ``plan`` says which examples and is evaluated for a chunk of steps at once; ``batch`` fetches
-    them inside the step. A stream from the host yields from ``host(first)`` what is planned for the
-    steps first, first + 1, ..., ready fetched, with leaves [K, ...].
+    A stream from the host yields from ``host(first)`` what the batches of the steps first,
+    first + 1, ... are made of, with leaves [K, ...]; it arrives as ``fed``, which is ``()`` for
+    data that lie on the device.
     """
 
-    plan: Callable[[PyTree, Key, jax.Array], PyTree]
-    """``(own, key, step) -> planned``"""
     batch: Callable[[PyTree, PyTree, PyTree, Key, jax.Array], Batch]
-    """``(shared, own, planned, key, step) -> Batch``"""
+    """``(shared, own, fed, key, step) -> Batch``"""
     shared: PyTree  # lies on the device once
     own: PyTree  # every leaf has a leading replica axis
     batch_size: int

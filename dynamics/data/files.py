@@ -223,7 +223,9 @@ class _Unpickler(pickle.Unpickler):
             expected = "a pickle of dicts, lists, bytes, text, integers and arrays of numbers"
             found = f"the global {module}.{name}, which is refused and was not called"
             raise wrong(self.path, expected, found, _PICKLE)
-        return known[f"{module}.{name}"]
+        stand_in = known[f"{module}.{name}"]
+        # A pickle may set attributes of a function: of this lambda then, of nothing that stays.
+        return (lambda *args: stand_in(*args)) if callable(stand_in) else stand_in
 
     def _array(self, *_: Any) -> _Array:
         return _Array()

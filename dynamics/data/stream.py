@@ -4,6 +4,7 @@ Both make the same batches: which examples is ``order``'s business alone.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,8 @@ from dynamics.data.order import batch_rows
 from dynamics.types import AUGMENT, NEVER, Batch, Dataset, Key, PyTree, Stream
 
 Augment = Callable[[Key, jax.Array], jax.Array]
+
+RESIDENT_BYTES = 4 * 2**30  # of inputs that every device keeps a copy of
 
 
 def normalise(x: Shaped[Array, "b ..."], mean: Array, std: Array) -> Shaped[Array, "b ..."]:
@@ -30,6 +33,13 @@ def take(data: Dataset, rows: Int[Array, "b"]) -> Batch:
         y=data.y[rows].astype(jnp.int32),
         index=rows,
     )
+
+
+def stream(data: Dataset, batch_size: int, keys: Shaped[Array, "k"], **options: Any) -> Stream:
+    """``resident`` if the inputs are at most RESIDENT_BYTES, else ``streamed``; same options."""
+    if data.x.nbytes <= RESIDENT_BYTES:
+        return resident(data, batch_size, len(keys), **options)
+    return streamed(data, batch_size, keys, **options)
 
 
 def resident(
@@ -50,17 +60,14 @@ def resident(
     """
     own = _own(data, batch_size, num_replicas, rows, sizes, labels)
 
-    def plan(own: PyTree, key: Key, step: jax.Array) -> jax.Array:
+    def batch(shared: Dataset, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
         where = batch_rows(key, step, own["size"], batch_size)
-        return own["rows"][where] if "rows" in own else where
-
-    def batch(shared: Dataset, own: PyTree, rows: jax.Array, key: Key, step: jax.Array) -> Batch:
-        found = take(shared, rows)
+        found = take(shared, own["rows"][where] if "rows" in own else where)
         if "labels" in own:
-            found = found.replace(y=own["labels"][rows])
+            found = found.replace(y=own["labels"][found.index])
         return _augmented(found, augment, key, step)
 
-    return Stream(plan, batch, data, own, batch_size)
+    return Stream(batch, data, own, batch_size)
 
 
 def streamed(
@@ -112,7 +119,7 @@ def streamed(
 
     shared = {"mean": jnp.asarray(data.mean), "std": jnp.asarray(data.std)}
     own = {"size": own["size"]}
-    return Stream(lambda own, key, step: (), batch, shared, own, batch_size, host)
+    return Stream(batch, shared, own, batch_size, host)
 
 
 def _augmented(batch: Batch, augment: Augment | None, key: Key, step: jax.Array) -> Batch:

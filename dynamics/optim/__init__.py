@@ -45,6 +45,8 @@ class Train:
     """Examples a step"""
     schedule: Schedule = Constant()
     """Shape of the learning rate over the steps of the run"""
+    augment: Literal["none", "crop_flip"] = "none"
+    """crop_flip: reflect-pad 4 pixels, random crop, horizontal flip, per image"""
 
 
 def hyperparameters(train: Train) -> dict[str, float]:

@@ -20,7 +20,7 @@ class Steps:
 
     milestones: tuple[Fraction, ...] = (0.3, 0.6, 0.8)
     """Fractions of the run's steps at which the rate drops"""
-    decay: Annotated[float, Range(above=0, high=1)] = 0.2
+    decay: Annotated[float, Range(above=0.0, high=1.0)] = 0.2
     """The factor of each drop"""
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynamics.data import DataError
+from dynamics.data import DataError, files
 from dynamics.data.files import read_cifar_binary, read_cifar_pickle, read_idx, read_npz
 
 FEW = settings(derandomize=True, deadline=None, max_examples=200)
@@ -234,6 +234,13 @@ def test_a_malicious_pickle_is_refused_and_not_executed(tmp_path, protocol):
 def test_pickles_reach_no_other_name(tmp_path, content, message):
     with pytest.raises(DataError, match=message):
         read_cifar_pickle([write(tmp_path / "a", content)], "labels")
+
+
+def test_pickles_change_nothing_that_stays(tmp_path):
+    content = b"c_codecs\nencode\n}Vx\nVy\nsb."  # encode.__dict__.update(x="y")
+    with pytest.raises(DataError, match="expected a pickled dict, found a function"):
+        read_cifar_pickle([write(tmp_path / "a", content)], "labels")
+    assert "x" not in vars(files._Unpickler._bytes)
 
 
 OBJECTS = np.array([None, {}], object)

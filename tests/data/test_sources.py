@@ -269,12 +269,11 @@ def test_both_layouts_hold_the_same(tmp_path):
 def test_npz(tmp_path):
     x, y = np.random.default_rng(0).normal(size=(40, 3)), np.arange(40) % 4
     path = npz(tmp_path / "mine.npz", x=x, y=y)
-    for config in (DataConfig(source="npz", file=str(path)),):
-        splits = load(config)  # absolute: no data folder needed
-        assert splits.name == "mine" and splits.num_classes == 4
-        assert len(splits.train) == 30 and len(splits.test) == 10
-        np.testing.assert_array_equal(splits.test.x, x[splits.test.index].astype(np.float32))
-        assert splits.train.mean.shape == (1,)
+    splits = load(DataConfig(source="npz", file=str(path)))  # absolute: no data folder needed
+    assert splits.name == "mine" and splits.num_classes == 4
+    assert len(splits.train) == 30 and len(splits.test) == 10
+    np.testing.assert_array_equal(splits.test.x, x[splits.test.index].astype(np.float32))
+    assert splits.train.mean.shape == (1,)
     npz(tmp_path / "sub.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5] + 2)
     splits = load(DataConfig(source="npz", file="sub.npz", test_fraction=0.0), tmp_path)
     assert len(splits.train) == 40 and len(splits.test) == 5 and splits.num_classes == 6

@@ -5,6 +5,7 @@ import pytest
 
 from dynamics.models import Convnet, make
 from dynamics.models.convnet import pool
+from dynamics.models.layers import Conv
 
 X = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
 
@@ -18,21 +19,15 @@ def test_pool_against_numpy(kind, reduce):
         np.testing.assert_allclose(y[:, i, j], reduce(square, (1, 2)), rtol=1e-5)
 
 
-def test_a_missing_channel_axis_is_added():
-    module, x = make(Convnet(channels=(2,)), 3), jnp.asarray(X[..., 0])
-    variables = module.init(jax.random.key(0), x, train=False)
-    assert variables["params"]["conv_0"]["kernel"].shape == (3, 3, 1, 2)
-    a, b = (module.apply(variables, v, train=False) for v in (x, x[..., None]))
-    np.testing.assert_array_equal(a, b)
-
-
-def test_mean_over_space_forgets_the_place():
-    """Without padding effects: an image and its shift by one pool have the same logits."""
-    module = make(Convnet(channels=(4,)), 3)
-    x = np.zeros((1, 12, 12, 1), np.float32)
-    x[:, 4:8, 4:8] = X[:1, :4, :4, :1]
-    variables = module.init(jax.random.key(0), jnp.asarray(x), train=False)
-    a, b = (
-        module.apply(variables, jnp.asarray(v), train=False) for v in (x, np.roll(x, 2, (1, 2)))
-    )
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("norm", ["none", "batch"])
+def test_one_block_is_conv_norm_activation_pool(norm, jit):
+    config = Convnet(channels=(4,), norm=norm, activation="tanh")
+    module, x = make(config, 3), jnp.asarray(X[..., 0])  # the channel axis is added
+    y, variables = jit(lambda x: module.init_with_output(jax.random.key(0), x, train=False))(x)
+    params = variables["params"]
+    conv = Conv(4, config, bias=norm == "none")
+    h = jit(lambda x: conv.apply({"params": params["conv_0"]}, x))(x[..., None])
+    h = np.tanh(h / (1 if norm == "none" else np.sqrt(1 + 1e-5)))  # the first running average
+    h = (h[:, 0:4:2, 0:6:2] + h[:, 1:4:2, 0:6:2] + h[:, 0:4:2, 1:6:2] + h[:, 1:4:2, 1:6:2]) / 4
+    expected = h.mean((1, 2)) @ np.asarray(params["head"]["kernel"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)

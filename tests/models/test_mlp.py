@@ -52,13 +52,13 @@ def test_logits_have_unit_variance_at_any_width(width, jit):
     assert abs(float(squares.mean()) - 1) < 4 * error and error < 0.1
 
 
-def test_dropout_is_random_in_training_only():
+def test_dropout_is_random_in_training_only(jit):
     module = make(MLP(width=16, depth=1, dropout=0.5, bias=False, activation="identity"), 3)
     x = jnp.asarray(X)
     variables = module.init(jax.random.key(0), x, train=False)
     clean = module.apply(variables, x, train=False)
     keys = jax.random.split(jax.random.key(1), 1000)
     noisy = jax.vmap(lambda key: module.apply(variables, x, train=True, rngs={"dropout": key}))
-    y = np.asarray(noisy(keys))
+    y = np.asarray(jit(noisy)(keys))
     assert not np.array_equal(y[0], y[1])
     assert (np.abs(y.mean(0) - clean) < 5 * y.std(0) / np.sqrt(len(y))).all()

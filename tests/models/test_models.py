@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dynamics.config import from_json, to_json
+from dynamics.config import from_json, frozen, to_json
 from dynamics.models import MLP, RNN, Convnet, Linear, Model, ResNet, Transformer, make
 
 C = 5  # outputs
@@ -175,9 +175,15 @@ def test_ntk_weights_have_unit_variance(config, x, init):
     assert abs((weights**2).mean() - 1) < 4 * np.sqrt(2 / len(weights))
 
 
+@frozen
+class Study:
+    model: Model = MLP()
+
+
 @CASES
 def test_config_is_text_and_hashable(config, x):
-    assert from_json(Model, to_json(config)) == config
+    study = Study(model=config)
+    assert from_json(Study, to_json(study)) == study
     assert hash(make(config, C)) == hash(make(dataclasses.replace(config), C))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dynamics.models import ResNet, make
+from dynamics.models.layers import Conv
 from dynamics.models.resnet import STAGES, Block
 
 
@@ -32,16 +33,25 @@ def test_depth_counts_the_layers_off_the_shortcuts(depth):
     assert len(layers) == depth
 
 
-def test_a_bottleneck_block_starts_as_its_shortcut():
+def test_a_bottleneck_block_starts_as_its_shortcut(jit):
     block = Block(ResNet(depth=50, width=2), 2, 1, True)
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
-    y, variables = block.init_with_output(jax.random.key(1), x, train=False)
+    y, variables = jit(lambda x: block.init_with_output(jax.random.key(1), x, train=False))(x)
     np.testing.assert_array_equal(y, jnp.maximum(x, 0))
     assert (variables["params"]["norm_2"]["scale"] == 0).all()
 
 
-def test_stages_halve_the_image():
-    block = Block(ResNet(depth=18, width=2), 4, 2, False)
-    x = jax.ShapeDtypeStruct((2, 5, 8, 2), jnp.float32)
-    y, _ = jax.eval_shape(lambda x: block.init_with_output(jax.random.key(1), x, train=False), x)
-    assert y.shape == (2, 3, 4, 4)
+def test_a_basic_block_adds_its_branch_to_its_shortcut(jit):
+    config = ResNet(depth=18, width=2)
+    block = Block(config, 4, 2, False)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8, 2))
+    y, variables = jit(lambda x: block.init_with_output(jax.random.key(1), x, train=False))(x)
+
+    def conv_norm(name, x, **fields):
+        conv = Conv(4, config, bias=False, **fields)
+        y = jit(lambda x: conv.apply({"params": variables["params"][name]}, x))(x)
+        return y / np.sqrt(1 + 1e-5)  # the first running average
+
+    h = jnp.maximum(conv_norm("conv_0", x, stride=2), 0)
+    h = conv_norm("conv_1", h) + conv_norm("shortcut_conv", x, size=1, stride=2)
+    np.testing.assert_allclose(y, jnp.maximum(h, 0), rtol=1e-5, atol=1e-6)

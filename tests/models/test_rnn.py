@@ -9,11 +9,12 @@ X = np.random.default_rng(0).normal(size=(3, 6, 4)).astype(np.float32)
 TOKENS = np.random.default_rng(0).integers(0, 9, (3, 6)).astype(np.int32)
 
 
-def initialised(config, x):
+def initialised(config, x, jit):
     """Moved off the initialisation, so that biases count."""
     module = make(config, 2)
-    variables = module.init(jax.random.key(0), jnp.asarray(x), train=False)
-    return module, jax.tree.map(lambda p: p + 0.1, variables)
+    variables = jit(lambda x: module.init(jax.random.key(0), x, train=False))(jnp.asarray(x))
+    variables = jax.tree.map(lambda p: p + 0.1, variables)
+    return variables, jit(lambda x: module.apply(variables, x, train=False))
 
 
 def slow(config, params, x):
@@ -37,28 +38,27 @@ def slow(config, params, x):
 
 
 @pytest.mark.parametrize("cell", ["elman", "gru"])
-def test_against_a_loop(cell):
+def test_against_a_loop(cell, jit):
     config = RNN(cell=cell, width=5, depth=2)
-    module, variables = initialised(config, X)
-    got = jax.jit(lambda x: module.apply(variables, x, train=False))(jnp.asarray(X))
+    variables, apply = initialised(config, X, jit)
+    got = apply(jnp.asarray(X))
     np.testing.assert_allclose(got, slow(config, variables["params"], X), rtol=1e-5, atol=1e-6)
 
 
-def test_images_are_read_by_rows():
-    module, variables = initialised(RNN(width=5), X)
+def test_images_are_read_by_rows(jit):
+    _, apply = initialised(RNN(width=5), X, jit)
     x = jnp.asarray(X)
-    expected = module.apply(variables, x, train=False)
     for image in (x[..., None], x.reshape(3, 6, 2, 2)):
-        np.testing.assert_array_equal(module.apply(variables, image, train=False), expected)
+        np.testing.assert_array_equal(apply(image), apply(x))
 
 
-def test_tokens_are_rows_of_the_embedding():
+def test_tokens_are_rows_of_the_embedding(jit):
     config = RNN(width=5, num_tokens=9)
-    module, variables = initialised(config, TOKENS)
+    variables, apply = initialised(config, TOKENS, jit)
     embedded = np.asarray(variables["params"]["token_embedding"])[TOKENS]
-    got = module.apply(variables, jnp.asarray(TOKENS), train=False)
+    got = apply(jnp.asarray(TOKENS))
     np.testing.assert_allclose(
         got, slow(config, variables["params"], embedded), rtol=1e-5, atol=1e-6
     )
-    outside = module.apply(variables, jnp.full((1, 6), 9), train=False)
+    outside = apply(jnp.full((3, 6), 9))
     assert np.isnan(outside).all()

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 from dynamics.models import Transformer, make
-from dynamics.models.transformer import causal_attention
 
 VOCABULARY = 7
 CONFIG = Transformer(width=8, depth=1, num_heads=2, max_length=5, qk_norm=True)
@@ -25,16 +25,6 @@ def initialised(jit):
         return module, init(jax.random.key(0))
 
     return made
-
-
-def test_attention_against_a_loop():
-    query, key, value = (np.random.default_rng(i).normal(size=(2, 4, 3, 5)) for i in range(3))
-    expected = np.zeros_like(value)
-    for b, t, h in np.ndindex(2, 4, 3):
-        weights = np.exp([query[b, t, h] @ key[b, s, h] / np.sqrt(5) for s in range(t + 1)])
-        expected[b, t, h] = weights / weights.sum() @ value[b, : t + 1, h]
-    arrays = (jnp.asarray(a, jnp.float32) for a in (query, key, value))
-    np.testing.assert_allclose(causal_attention(*arrays), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_causality(initialised, jit):
@@ -94,18 +84,50 @@ def test_qk_norm_makes_the_scale_of_queries_irrelevant(qk_norm, initialised, jit
         assert largest > np.sqrt(4)
 
 
-def test_tied_logits_are_products_with_the_embeddings(initialised, jit):
-    module, variables = initialised(dataclasses.replace(CONFIG, tied=True, bias=True))
-    assert "head" not in variables["params"]
-    run = jit(
-        lambda x: module.apply(
-            variables, x, train=False, capture_intermediates=lambda m, _: m.name == "final_norm"
-        )
-    )
-    logits, seen = run(jnp.asarray(TOKENS))
-    h = np.asarray(seen["intermediates"]["final_norm"]["__call__"][0])
-    expected = h @ np.asarray(variables["params"]["token_embedding"]).T
-    np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+def slow(config, params, tokens):
+    """The network of the docstrings in float64 numpy, attention one position at a time."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
+
+    def dense(q, x):
+        return x @ q["kernel"] + q.get("bias", 0)
+
+    def norm(q, x):
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * q["scale"] + q.get("bias", 0)
+
+    def attention(q, x):
+        heads = (*x.shape[:2], config.num_heads, -1)
+        query, key, value = (dense(q[n], x).reshape(heads) for n in ("query", "key", "value"))
+        if config.qk_norm:
+            query, key = norm(q["query_norm"], query), norm(q["key_norm"], key)
+        out = np.zeros_like(value)
+        for b, t, h in np.ndindex(value.shape[:3]):
+            weights = special.softmax(key[b, : t + 1, h] @ query[b, t, h] / value.shape[3] ** 0.5)
+            out[b, t, h] = weights @ value[b, : t + 1, h]
+        return dense(q["out"], out.reshape(x.shape))
+
+    def mlp(q, x):
+        x = dense(q["up"], x)
+        return dense(q["down"], x * special.ndtr(x))
+
+    h = p["token_embedding"][tokens] + p["position_embedding"][: tokens.shape[1]]
+    for i in range(config.depth):
+        block = p[f"block_{i}"]
+        h = h + attention(block["attention"], norm(block["attention_norm"], h))
+        h = h + mlp(block["mlp"], norm(block["mlp_norm"], h))
+    h = norm(p["final_norm"], h)
+    return h @ p["token_embedding"].T if config.tied else dense(p["head"], h)
+
+
+@pytest.mark.parametrize("fields", [{"depth": 2}, {"tied": True, "bias": True, "qk_norm": False}])
+def test_against_numpy(fields, initialised, jit):
+    config = dataclasses.replace(CONFIG, **fields)
+    module, variables = initialised(config)
+    assert ("head" in variables["params"]) != config.tied
+    moved = jax.tree.map(lambda p: p + 0.1, variables)  # so that biases and scales count
+    got = jit(lambda x: module.apply(moved, x, train=False))(jnp.asarray(TOKENS))
+    expected = slow(config, moved["params"], TOKENS)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_dropout_is_random_in_training_only(initialised, jit):

@@ -1,0 +1,1 @@
+"""Studies: one module each, with Config, load, and run(config, data, mesh) -> Table."""
