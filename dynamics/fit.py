@@ -124,6 +124,7 @@ def fit(
                 log.warning("%s: stopped by SIGTERM at step %d, saved", name, done)
                 raise SystemExit(0)
         book.settle()
+        pace.tick(book.fetched, book.loss)
     if checkpoints is not None:
         checkpoints.close()
     diverged = np.asarray(state.diverged).astype(np.float64)
@@ -327,13 +328,24 @@ class _Pace:
         self._last, self._fetched = now, fetched
         if self._rate > 0:
             self._chunk = int(np.clip(self._rate * CHUNK_SECONDS, 1, 4 * self._chunk))
-        if self._rate > 0 and now - self._said > SAY_SECONDS:
+        last = fetched == self._num_steps
+        if last or (self._rate > 0 and now - self._said > SAY_SECONDS):
             self._said = now
+            rate = self._rate or rate
             log.info(
                 "%s: step %d of %d, loss %.4g, %d replicas, %.3g steps/s, %.0f s left",
                 *(self._name, fetched, self._num_steps, loss, self._replicas),
-                *(self._rate, (self._num_steps - fetched) / self._rate),
-                extra={"progress": (self._name, fetched, self._num_steps, self._replicas, loss)},
+                *(rate, (self._num_steps - fetched) / rate),
+                extra={
+                    "progress": {
+                        "name": self._name,
+                        "done": fetched,
+                        "total": self._num_steps,
+                        "replicas": self._replicas,
+                        "loss": loss,
+                        "rate": rate,
+                    }
+                },
             )
 
     def save(self, done: int) -> bool:

@@ -88,9 +88,15 @@ def weight(
     """The parameter ``name`` of ``module``, as the layer uses it (see the top of the file)."""
     std = gain / math.sqrt(fan_in)
     ntk = config.parametrisation == "ntk"
-    normal = nn.initializers.normal(config.init_scale * (1.0 if ntk else std))
-    init = nn.initializers.zeros if zero else normal
-    value = module.param(name, init, shape, jnp.float32)
+    scale = config.init_scale * (1.0 if ntk else std)
+
+    def draw(key: Array) -> Float[Array, "..."]:
+        if zero:
+            return jnp.zeros(shape, jnp.float32)
+        # flat: the numbers are the same, a 4-D draw compiles up to ten times longer on CPU
+        return scale * jax.random.normal(key, (math.prod(shape),), jnp.float32).reshape(shape)
+
+    value = module.param(name, draw)
     return value * std if ntk else value
 
 

@@ -35,7 +35,7 @@ def test_depth_counts_the_layers_off_the_shortcuts(depth):
 
 def test_a_bottleneck_block_starts_as_its_shortcut(jit):
     block = Block(ResNet(depth=50, width=2), 2, 1, True)
-    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 4, 8)), jnp.float32)
     y, variables = jit(lambda x: block.init_with_output(jax.random.key(1), x, train=False))(x)
     np.testing.assert_array_equal(y, jnp.maximum(x, 0))
     assert (variables["params"]["norm_2"]["scale"] == 0).all()
@@ -44,7 +44,7 @@ def test_a_bottleneck_block_starts_as_its_shortcut(jit):
 def test_a_basic_block_adds_its_branch_to_its_shortcut(jit):
     config = ResNet(depth=18, width=2)
     block = Block(config, 4, 2, False)
-    x = jax.random.normal(jax.random.key(0), (2, 5, 8, 2))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8, 2)), jnp.float32)
     y, variables = jit(lambda x: block.init_with_output(jax.random.key(1), x, train=False))(x)
 
     def conv_norm(name, x, **fields):

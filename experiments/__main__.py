@@ -1,0 +1,189 @@
+"""The command line: ``python -m experiments NAME [PRESET.py] [--flags]``, and ``sweep``."""
+
+import dataclasses
+import importlib
+import json
+import logging
+import pkgutil
+import runpy
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any
+
+import tyro
+
+import experiments
+from dynamics import config as configs
+from experiments import progress
+
+USAGE = """\
+usage: python -m experiments NAME [PRESET.py] [--flags]
+           one run; NAME --help lists every value with its meaning and default
+       python -m experiments sweep NAME [PRESET.py] [--field VALUE VALUE ...] ...
+           every point of the grid; without fields, the preset's own sweep
+
+experiments: {names}
+presets:     configs/<experiment>/*.py
+results:     runs/<experiment>/<fingerprint>; a finished run is not computed again
+environment: DYNAMICS_DATA   the folder of data sets (default: none; digits need no files)
+             DYNAMICS_CACHE  the folder of compiled programs, or off (default: the user's cache)
+             JAX_NUM_CPU_DEVICES  devices to split a CPU into (default: one per core)
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What can't change a result."""
+
+    runs: Path = Path("runs")
+    """Folder of the results"""
+    data_folder: Path | None = None
+    """Folder of the data sets (default: DYNAMICS_DATA)"""
+    mesh: tuple[int, int, int] | None = None
+    """Devices along replica, data and model (default: replicas over all devices)"""
+    verbose: bool = False
+    """Show the traceback of an error"""
+
+
+class Refused(Exception):
+    """A command that can't be carried out; its text is all the user needs."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Carry out a command; the exit status: 0 done, 2 refused."""
+    names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
+    names = [n for n in names if n not in ("__main__", "progress", "launch")]
+    usage = USAGE.format(names=", ".join(names))
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage)
+        return 0 if argv else 2
+    several = argv[0] == "sweep"
+    name, rest = (argv[1] if len(argv) > 1 else "", argv[2:]) if several else (argv[0], argv[1:])
+    try:
+        if name not in names:
+            raise Refused(f"no experiment {name!r}; there are: {', '.join(names)}")
+        module = importlib.import_module(f"experiments.{name}")
+        preset = _preset(module, rest[0]) if rest and not rest[0].startswith("-") else {}
+        flags = rest[1:] if preset else rest
+        if several:
+            points, where = _sweep_points(module, preset, flags)
+        else:
+            points, where = _one_point(module, preset, flags, name)
+    except (Refused, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return _run(module, name, points, where)
+
+
+def _preset(module: ModuleType, file: str) -> dict[str, Any]:
+    """The values of a preset file, checked to be of this experiment."""
+    path = Path(file)
+    if not path.is_file():
+        known = sorted(map(str, Path("configs").glob("*/*.py")))
+        raise Refused(f"no preset file {file}; there are: {', '.join(known) or 'none here'}")
+    values = runpy.run_path(str(path))
+    found = values.get("config")
+    if not isinstance(found, module.Config):
+        raise Refused(
+            f"{file} must define config = Config(...) of {module.__name__}, got "
+            f"{type(found).__module__}.{type(found).__name__}"
+        )
+    return values
+
+
+def _one_point(
+    module: ModuleType, preset: dict[str, Any], flags: Sequence[str], name: str
+) -> tuple[tuple[Any, ...], Where]:
+    default = preset.get("config") or module.Config()
+    command = dataclasses.make_dataclass(
+        "command",
+        [
+            ("config", Annotated[module.Config, tyro.conf.arg(name="")]),
+            ("where", Annotated[Where, tyro.conf.arg(name="")]),
+        ],
+    )
+    parsed = tyro.cli(
+        command,
+        args=list(flags),
+        default=command(default, Where()),
+        prog=f"python -m experiments {name} [PRESET.py]",
+        description=module.__doc__,
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+    return (parsed.config,), parsed.where
+
+
+def _sweep_points(
+    module: ModuleType, preset: dict[str, Any], flags: Sequence[str]
+) -> tuple[tuple[Any, ...], Where]:
+    """The points of a grid given as ``--field value value``, and where they are computed."""
+    fields: dict[str, list[Any]] = {}
+    for word in flags:
+        if word.startswith("--"):
+            fields[word[2:].replace("-", "_")] = []
+        elif fields:
+            fields[list(fields)[-1]].append(_value(word))
+        else:
+            raise Refused(f"expected --field VALUE ..., got {word!r}")
+    options = {f.name: fields.pop(f.name) for f in dataclasses.fields(Where) if f.name in fields}
+    where = Where(
+        runs=Path(*map(str, options.get("runs", ["runs"]))),
+        data_folder=Path(*map(str, options["data_folder"])) if "data_folder" in options else None,
+        mesh=tuple(options["mesh"]) if "mesh" in options else None,  # pyright: ignore
+        verbose="verbose" in options,
+    )
+    if fields:
+        return configs.grid(preset.get("config") or module.Config(), fields), where
+    if "sweep" not in preset:
+        raise Refused("nothing to sweep: give --field VALUE ..., or a preset with sweep = grid(...)")
+    return tuple(preset["sweep"]), where
+
+
+def _value(word: str) -> Any:
+    try:
+        value = json.loads(word)
+    except ValueError:
+        return word
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> int:
+    from dynamics import mesh as meshes
+    from dynamics.checkpoint import CheckpointError
+    from dynamics.data import DataError
+    from dynamics.record import RecordError
+
+    meshes.start()
+    mesh, began = None, time.monotonic()
+    with progress.shown():
+        try:
+            mesh = meshes.make(*where.mesh) if where.mesh else None
+            for group in configs.group(points):
+                data = module.load(group[0], where.data_folder)
+                module.sweep(group, data, mesh, store=where.runs)
+        except (ValueError, DataError, RecordError, CheckpointError) as error:
+            logging.getLogger("dynamics").debug("refused", exc_info=where.verbose)
+            if where.verbose:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    print(f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {time.monotonic() - began:.1f} s:")
+    for point in points:
+        print(f"  {where.runs / name / configs.fingerprint(point)}{_differences(point, points)}")
+    print(f"draw:  python -m paper_figures {name} --runs {where.runs}")
+    return 0
+
+
+def _differences(point: Any, points: Sequence[Any]) -> str:
+    """The fields of a point in which the points of the sweep differ."""
+    values = [configs.flatten(p) for p in points]
+    mine = configs.flatten(point)
+    differ = [n for n in mine if any(v.get(n) != mine[n] for v in values)]
+    return "".join(f"  {n}={mine[n]}" for n in differ)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""What a person sees while a run goes on: one line on a terminal, a line now and then elsewhere."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS = 10.0  # between plain lines
+
+
+@contextmanager
+def shown() -> Iterator[None]:
+    """Show the progress and the warnings that ``dynamics`` logs, on the standard error."""
+    logger = logging.getLogger("dynamics")
+    console = Console(stderr=True)
+    handler = _Line(console) if console.is_terminal else _Plain()
+    level, logger.propagate = logger.level, False
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        handler.close()
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = True
+
+
+class _Line(logging.Handler):
+    """One progress line a stage; other records are printed above it."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._others = RichHandler(console=console, show_path=False, show_time=False)
+        self._bar = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TextColumn("{task.fields[replicas]} replicas"),
+            TextColumn("{task.fields[rate]:.3g} steps/s"),
+            TextColumn("loss {task.fields[loss]:.4g}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tasks: dict[str, int] = {}
+        self._bar.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = getattr(record, "progress", None)
+        if found is None:
+            self._others.emit(record)
+            return
+        fields = {"replicas": found["replicas"], "rate": found["rate"], "loss": found["loss"]}
+        if found["name"] not in self._tasks:
+            self._tasks[found["name"]] = self._bar.add_task(
+                found["name"], total=found["total"], **fields
+            )
+        task = self._tasks[found["name"]]
+        self._bar.update(task, completed=found["done"], **fields)  # pyright: ignore
+
+    def close(self) -> None:
+        self._bar.stop()
+        super().close()
+
+
+class _Plain(logging.StreamHandler):
+    """Plain lines; of progress, at most one in SECONDS and the last of each stage."""
+
+    def __init__(self):
+        super().__init__(sys.stderr)
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        self._last = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = getattr(record, "progress", None)
+        if found is not None and found["done"] < found["total"]:
+            if time.monotonic() - self._last < SECONDS:
+                return
+            self._last = time.monotonic()
+        super().emit(record)
