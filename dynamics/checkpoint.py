@@ -23,6 +23,8 @@ from dynamics.types import PyTree
 
 log = logging.getLogger(__name__)
 
+UNSEALED = "it has no checksum"
+
 
 class CheckpointError(Exception):
     """Checkpoints that can't be restored from."""
@@ -35,6 +37,7 @@ class Checkpoints:
         """Opens or makes them in a run's folder; the newest ``keep`` stay."""
         self.folder = Path(folder).absolute()
         self.root, self.sums = self.folder / "checkpoints", self.folder / "checksums"
+        self._damaged = self.folder / "damaged"
         self.root.mkdir(parents=True, exist_ok=True)
         self.sums.mkdir(exist_ok=True)
         for left in self.root.glob("*.orbax-checkpoint-tmp*"):  # of a killed process
@@ -87,22 +90,24 @@ class Checkpoints:
         found, unsealed = self.steps(), []
         for step in reversed(found):
             damage = self._damage(step)
-            if damage is None:
-                return self._read(step, like)
-            if not (self.sums / f"{step}.json").exists() and any((self.root / str(step)).iterdir()):
+            if damage == UNSEALED:
                 unsealed.append(step)
-                continue
-            self._set_aside(step, damage)
-        for step in unsealed:  # killed between the commit and the hash: nothing older is left
+            elif damage is not None:
+                self._set_aside(step, damage)
+            else:
+                for newer in unsealed:
+                    self._set_aside(newer, UNSEALED)
+                return self._read(step, like)
+        for step in unsealed:  # killed between its first commit and the hash
             log.warning("checkpoint %d has no checksum, its content is not verified", step)
             try:
                 return self._read(step, like)
             except (OSError, ValueError, KeyError) as error:
                 self._set_aside(step, f"{type(error).__name__}: {str(error)[:200]}")
-        if found:
+        if found or self._damaged.exists():
             raise CheckpointError(
-                f"none of the checkpoints {found} in {self.root} is intact: restore the folder from "
-                "a copy, or remove it to start over"
+                f"none of the checkpoints {found} in {self.root} is intact (see {self._damaged}): "
+                f"restore {self.folder} from a copy, or remove it to start over"
             )
         return None
 
@@ -112,7 +117,7 @@ class Checkpoints:
         if not any((self.root / str(step)).iterdir()):
             return "its directory is empty"
         if not seal.exists():
-            return "it has no checksum"
+            return UNSEALED
         try:
             expected = json.loads(seal.read_text())
         except ValueError:
@@ -152,11 +157,11 @@ class Checkpoints:
                 seal.unlink()
 
     def _set_aside(self, step: int, damage: str) -> None:
-        place = self.folder / "damaged"
-        place.mkdir(exist_ok=True)
-        name = next(n for i in range(10**6) if not (place / (n := f"{step}.{i}")).exists())
-        log.warning("checkpoint %d is damaged (%s), moved to %s", step, damage, place / name)
-        os.rename(self.root / str(step), place / name)
+        self._damaged.mkdir(exist_ok=True)
+        earlier = len(list(self._damaged.glob(f"{step}.*")))
+        place = self._damaged / f"{step}.{earlier}"
+        log.warning("checkpoint %d is damaged (%s), moved to %s", step, damage, place)
+        os.rename(self.root / str(step), place)
         (self.sums / f"{step}.json").unlink(missing_ok=True)
 
 

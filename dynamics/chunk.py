@@ -194,7 +194,7 @@ class Fold:
 
 
 def each_replica(mesh: Mesh, how: population.How) -> Callable[..., Any]:
-    """``each(fn)(state, *shared)``: ``fn`` of one replica, compiled once, run for all of them."""
+    """``each(fn)(own, *shared)``: ``fn`` of one replica, compiled once, run for all of them."""
     compiled: dict[Any, Any] = {}
     parts = jax.jit(lambda tree: population.split(tree, mesh))
     join = jax.jit(population.join)
@@ -204,10 +204,10 @@ def each_replica(mesh: Mesh, how: population.How) -> Callable[..., Any]:
             compiled[fn] = jax.jit(population.spread(fn, mesh, how))
         run = compiled[fn]
 
-        def all_replicas(state: TrainState, *shared: PyTree) -> PyTree:
+        def all_replicas(own: PyTree, *shared: PyTree) -> PyTree:
             if how != "dispatch":
-                return run(state, *shared)
-            return join([run(part, *shared) for part in parts(state)])
+                return run(own, *shared)
+            return join([run(part, *shared) for part in parts(own)])
 
         return all_replicas
 

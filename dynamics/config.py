@@ -132,7 +132,7 @@ def to_json(config: Any) -> str:
     return json.dumps(to_dict(config), sort_keys=True, indent=1, allow_nan=False)
 
 
-def from_json(cls: type[T], text: str) -> T:
+def from_json(cls: Any, text: str) -> Any:
     """The config that ``to_json`` wrote; ValueError for unknown or missing kinds and fields."""
     return _from_dict(cls, json.loads(text))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dynamics.types import PyTree
+from dynamics.types import Leaf, PyTree
 
 AXES = ("replica", "data", "model")
 
@@ -147,7 +147,7 @@ def shardings(state: PyTree, mesh: Mesh, rules: Rules = TENSOR_PARALLEL) -> PyTr
     all of them. ValueError: no rule matches.
     """
 
-    def place(path: tuple, leaf: jax.Array) -> NamedSharding:
+    def place(path: tuple, leaf: Leaf) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         for pattern, rule in rules:
             if re.search(pattern, name):

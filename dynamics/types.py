@@ -96,7 +96,7 @@ class Stream(NamedTuple):
 
 
 Each = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
-"""``each(fn)(state, *shared)``: compile ``fn`` of one replica and run it for every replica."""
+"""``each(fn)(own, *shared)``: compile ``fn`` of one replica and run it for every replica."""
 
 
 @runtime_checkable

@@ -1,0 +1,37 @@
+# Two commands do everything: `make figure` and `make test`. Both make .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: figure test slow bench check clean
+
+figure: $(VENV)/.figures  ## the Data Diet figure from real digits, with its claims
+	$(BIN)/python -m experiments data_diet configs/data_diet/digits.py
+	$(BIN)/python -m paper_figures data_diet_pruning
+
+test: $(VENV)/.tests  ## all tests that take seconds; lint, types and import layers are among them
+	$(BIN)/python -m pytest -n 2
+
+slow: $(VENV)/.tests  ## the tests that take minutes
+	$(BIN)/python -m pytest -n 2 -m slow
+
+bench: $(VENV)/.tests  ## speed and memory beside bare computations and peers
+	$(BIN)/python -m benchmarks
+
+check: $(VENV)/.tests  ## format, lint, types
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+$(VENV)/.figures: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[figures]'
+	touch $@
+
+$(VENV)/.tests: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[figures,data,test,lint]'
+	touch $@ $(VENV)/.figures
