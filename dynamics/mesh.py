@@ -136,8 +136,20 @@ def largest_over_data(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return PartitionSpec(*axes)
 
 
+def table(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """An embedding: over model if there is such an axis, else over data, never both.
+
+    XLA (jax 0.10 to 0.12) aborts the process on a lookup in a table that is split over both.
+    """
+    return (last_over_model if mesh.shape["model"] > 1 else largest_over_data)(shape, mesh)
+
+
 TENSOR_PARALLEL: Rules = ((r"kernel|embedding", last_over_model), (r"", replicated))
-FULLY_SHARDED: Rules = ((r"kernel|embedding|scale|bias", largest_over_data), (r"", replicated))
+FULLY_SHARDED: Rules = (
+    (r"embedding", table),
+    (r"kernel|scale|bias", largest_over_data),
+    (r"", replicated),
+)
 
 
 def shardings(state: PyTree, mesh: Mesh, rules: Rules = TENSOR_PARALLEL) -> PyTree:

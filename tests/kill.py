@@ -69,12 +69,22 @@ def newest(folder: Path) -> int:
     return max(steps, default=0)
 
 
-def disturbed(folder: Path, signals: list[int], duration: float, seed: int) -> None:
-    """Run to the end, being hit by each signal once on the way."""
+def undisturbed(folder: Path) -> tuple[float, float]:
+    """Seconds to the first checkpoint, and from there to the end."""
+    began, process = time.monotonic(), start(folder)
+    while not newest(folder) and process.poll() is None:
+        time.sleep(0.01)
+    first = time.monotonic()
+    finish(process)
+    return first - began, time.monotonic() - first
+
+
+def disturbed(folder: Path, signals: list[int], first: float, rest: float, seed: int) -> None:
+    """Run to the end, being hit by each signal once on the way, spread over the whole of it."""
     moments = random.Random(seed)
     for number in signals:
         process = start(folder)
-        time.sleep(duration * moments.uniform(0.3, 0.9))
+        time.sleep(first * moments.uniform(0.8, 1.0) + rest * moments.uniform(0, 2 / len(signals)))
         ended = process.poll() is not None
         process.send_signal(number)
         _, errors = process.communicate()
@@ -101,12 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         calm, rough = Path(folder, "calm"), Path(folder, "rough")
         finish(start(Path(folder, "warm")))  # compiled programs are cached from here on
-        began = time.monotonic()
-        finish(start(calm))
-        duration = time.monotonic() - began
+        first, rest = undisturbed(calm)
         signals = [signal.SIGKILL] * args.kills + [signal.SIGTERM] * args.term
         random.Random(args.seed).shuffle(signals)
-        disturbed(rough, [int(s) for s in signals], duration, args.seed)
+        disturbed(rough, [int(s) for s in signals], first, rest, args.seed)
         if contents(calm) != contents(rough):
             raise SystemExit("the disturbed run differs from the undisturbed one")
     print(f"{args.kills} kills and {args.term} terminations: equal bit for bit, nothing left behind")
