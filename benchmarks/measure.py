@@ -1,23 +1,25 @@
 """Fair clocks: sides that take turns in one process, and what their laps say.
 
 A side is a function ``run(lap)`` that works and calls ``lap()`` whenever it has done the same
-amount of work as the others do between two calls. Sides run in threads of which one is awake at a
-time, A B A B ..., so what else the machine does falls on all of them alike.
+amount of work again. Sides run in threads of which one is awake at a time, A B A B ..., so what
+else the machine does falls on all of them alike; ``Race.busy`` says how much that was.
 """
 
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dynamics import fit
+from benchmarks.plain import Lap, Side
 from dynamics.types import PyTree, TrainState
 
-Lap = Callable[[], None]
-Side = Callable[[Lap], None]
+WARM = 2  # laps after the first, which compiles, that are not used either
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,13 @@ class Result:
     ours: float = float("nan")
     theirs: float = float("nan")
     unit: str = ""
-    ratio: float = float("nan")  # median over the laps of ours / theirs
+    ratio: float = float("nan")  # the median over the rounds of ours / theirs
     low: float = float("nan")  # its quartiles
     high: float = float("nan")
     goal: float | None = None  # the ratio should be at most this
-    compiled: tuple[float, float] | None = None  # seconds before the first lap's end: ours, theirs
-    laps: int = 0
+    compiled: tuple[float, float] | None = None  # seconds of the first lap: ours, theirs
+    rounds: int = 0
+    busy: float = float("nan")  # cores that other processes used meanwhile
     note: str = ""
     skipped: str = ""
 
@@ -44,8 +47,46 @@ class Result:
         return None if self.goal is None or self.skipped else self.ratio <= self.goal
 
 
-class _OverError(BaseException):
-    """The race is over; the side's frames are unwound."""
+class Race(NamedTuple):
+    """Seconds of every lap of each side."""
+
+    seconds: dict[str, np.ndarray]
+    busy: float
+
+    def each(self, side: str, work: float) -> np.ndarray:
+        """Seconds per unit of work, of the laps that count."""
+        return self.seconds[side][1 + WARM :] / work
+
+    def fastest(self, *sides: str) -> str:
+        """The side with the shortest median lap."""
+        return min(sides, key=lambda side: float(np.median(self.each(side, 1))))
+
+    def compare(
+        self, name: str, what: str, ours: tuple[str, float], theirs: tuple[str, float], **more: Any
+    ) -> Result:
+        """Microseconds per unit of work of two sides, each given as (name, work a lap)."""
+        a, b = self.each(*ours) * 1e6, self.each(*theirs) * 1e6
+        low, ratio, high = (float(q) for q in np.quantile(a / b, (0.25, 0.5, 0.75)))
+        first = (float(self.seconds[ours[0]][0]), float(self.seconds[theirs[0]][0]))
+        more = {"unit": "us/step", "compiled": first, "rounds": len(a), "busy": self.busy} | more
+        medians = (float(np.median(a)), float(np.median(b)))
+        return Result(name, what, *medians, ratio=ratio, low=low, high=high, **more)
+
+
+def race(sides: Mapping[str, Side], rounds: int) -> Race:
+    """``1 + WARM + rounds`` turns of each side, which must call ``lap`` at least so often."""
+    turns = {name: _Turn(run) for name, run in sides.items()}
+    others = _Others()
+    try:
+        laps = [{n: turn.take() for n, turn in turns.items()} for _ in range(1 + WARM + rounds)]
+    finally:
+        for turn in turns.values():
+            turn.end()
+    return Race({name: np.array([lap[name] for lap in laps]) for name in sides}, others.cores())
+
+
+class OverError(BaseException):
+    """Unwinds a side when the race is over."""
 
 
 class _Turn:
@@ -89,51 +130,31 @@ class _Turn:
     def _wait(self) -> None:
         self._go.acquire()
         if self._over:
-            raise _OverError
+            raise OverError
 
 
-def race(sides: Mapping[str, Side], laps: int, warm: int = 2) -> dict[str, np.ndarray]:
-    """Seconds of ``1 + warm + laps`` turns of each side: the first compiles, ``warm`` are not used.
+class _Others:
+    """The processor time of other processes since it was made, where /proc/stat is."""
 
-    Every side must call ``lap`` at least so many times.
-    """
-    turns = {name: _Turn(run) for name, run in sides.items()}
-    try:
-        rounds = [{n: turn.take() for n, turn in turns.items()} for _ in range(1 + warm + laps)]
-    finally:
-        for turn in turns.values():
-            turn.end()
-    return {name: np.array([r[name] for r in rounds]) for name in sides}
+    def __init__(self) -> None:
+        self._start = self._now()
 
+    def cores(self) -> float:
+        """Cores in use by others, on average."""
+        total, mine, clock = np.subtract(self._now(), self._start)
+        return float((total - mine) / clock)
 
-def compare(
-    name: str,
-    what: str,
-    seconds: Mapping[str, np.ndarray],
-    ours: str,
-    theirs: str,
-    *,
-    work: tuple[float, float],
-    unit: str = "us/step",
-    goal: float | None = None,
-    warm: int = 2,
-    note: str = "",
-) -> Result:
-    """``ours`` against ``theirs`` of a race whose laps were ``work`` units of each."""
-    a = seconds[ours][1 + warm :] / work[0] * 1e6
-    b = seconds[theirs][1 + warm :] / work[1] * 1e6
-    low, ratio, high = np.quantile(a / b, (0.25, 0.5, 0.75))
-    return Result(
-        *(name, what, float(np.median(a)), float(np.median(b)), unit),
-        *(float(ratio), float(low), float(high), goal),
-        compiled=(float(seconds[ours][0]), float(seconds[theirs][0])),
-        laps=len(a),
-        note=note,
-    )
+    def _now(self) -> tuple[float, float, float]:
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return float("nan"), 0.0, time.perf_counter()
+        user, nice, system, _, _, irq, soft, steal = map(int, stat.read_text().split()[1:9])
+        total = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+        return total, time.process_time(), time.perf_counter()
 
 
 class LapProbe:
-    """A StateProbe that waits for the state and calls ``lap``: how ``fit`` takes turns."""
+    """A StateProbe that waits for the parameters and calls ``lap``: how ``fit`` takes turns."""
 
     name = "lap"
 
@@ -142,12 +163,16 @@ class LapProbe:
         self.every = tuple(every * (i + 1) for i in range(laps))
         self._lap = lap
 
-    def start(self, state: TrainState, each: fit.Any) -> PyTree:
+    def start(self, state: TrainState, each: Any) -> PyTree:
         """Nothing is remembered."""
         return ()
 
-    def measure(self, carry: PyTree, state: TrainState, each: fit.Any) -> tuple[PyTree, dict]:
-        """The end of a lap is when the parameters are there."""
+    def measure(self, carry: PyTree, state: TrainState, each: Any) -> tuple[PyTree, dict]:
+        """The end of a lap; after the last one, fit may end by itself and close its files."""
         jax.block_until_ready(state.params)
-        self._lap()
+        try:
+            self._lap()
+        except OverError:
+            if int(state.step[0]) < self.every[-1]:
+                raise
         return carry, {}

@@ -1,35 +1,80 @@
-"""What is raced: ``fit``, and plain loops of the same net written by hand in jax and in PyTorch."""
+"""What is trained, and ``fit`` as a side of a race."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from benchmarks.measure import Lap, LapProbe, Side
-from dynamics import fit, models, optim, population, task
-from dynamics import mesh as meshes
+from benchmarks import plain
+from benchmarks.measure import WARM, LapProbe
+from benchmarks.plain import CLASSES, Lap, Side
+from dynamics import data as datasets
+from dynamics import fit, models, optim, task
+from dynamics.data import DataConfig
 from dynamics.data.stream import resident
-from dynamics.record import Recorder
-from dynamics.types import Dataset, PyTree
+from dynamics.types import Dataset, Stream, Task
 
-LEARNING_RATE, MOMENTUM = 0.02, 0.9
-CLASSES = 10
+TRAIN = optim.Train(
+    learning_rate=plain.LEARNING_RATE, momentum=plain.MOMENTUM, nesterov=True, weight_decay=0.0
+)
 
 
 class Job(NamedTuple):
-    """A net on data: what every side of a race trains."""
+    """A net on data."""
 
     data: Dataset
     model: models.MLP | models.Convnet
     batch_size: int
+    about: str
+
+    def net(self) -> str:
+        """Its sizes, in words."""
+        if isinstance(self.model, models.MLP):
+            sizes = [self.data.x[0].size, *[self.model.width] * self.model.depth, CLASSES]
+            return "-".join(map(str, sizes)) + f", batch {self.batch_size}"
+        return f"convnet {'-'.join(map(str, self.model.channels))}, batch {self.batch_size}"
+
+    def task(self) -> Task:
+        """The task as an experiment makes it."""
+        return task.of_dataset(models.make(self.model, CLASSES), self.data)
+
+    def plain(self) -> plain.Plain:
+        """The same for who writes it by hand."""
+        data, model = self.data, self.model
+        sizes = (
+            {"widths": (model.width,) * model.depth}
+            if isinstance(model, models.MLP)
+            else {"channels": model.channels}
+        )
+        mean, std = float(data.mean.mean()), float(data.std.mean())
+        return plain.Plain(data.x, data.y, mean, std, self.batch_size, **sizes)
 
 
-def noise(n: int, *shape: int, seed: int = 0) -> Dataset:
-    """Random bytes with random labels: how long a step takes does not depend on the values."""
-    draw = np.random.Generator(np.random.PCG64(seed))
+def digits() -> Job:
+    """64-128-128-10 on scikit-learn's digits."""
+    return Job(datasets.load(DataConfig()).train, models.MLP(width=128, depth=2), 64, "digits")
+
+
+def mnist() -> Job:
+    """784-512-512-10 on MNIST where DYNAMICS_DATA is set, else on noise of its shape."""
+    if os.environ.get("DYNAMICS_DATA"):
+        data, about = datasets.load(DataConfig(source="mnist")).train, "MNIST"
+    else:
+        data, about = noise(60_000, 28, 28), "noise in MNIST's shape"
+    return Job(data, models.MLP(width=512, depth=2), 128, about)
+
+
+def images() -> Job:
+    """Two convolutions on noise in CIFAR's shape."""
+    return Job(noise(10_000, 32, 32, 3), models.Convnet(channels=(32, 64)), 64, "noise in CIFAR's shape")
+
+
+def noise(n: int, *shape: int) -> Dataset:
+    """Random bytes, random labels: how long a step takes does not depend on them."""
+    draw = np.random.Generator(np.random.PCG64(0))
     mean = np.full((1,) * len(shape), 128, np.float32)
     return Dataset(
         x=draw.integers(0, 256, (n, *shape), np.uint8),
@@ -41,22 +86,26 @@ def noise(n: int, *shape: int, seed: int = 0) -> Dataset:
 
 
 def through_fit(
-    job: Job, replicas: int, mesh: Mesh, steps: int, laps: int, **options: Any
+    job: Job,
+    mesh: Mesh,
+    steps: int,
+    rounds: int,
+    *,
+    replicas: int = 1,
+    net: Task | None = None,
+    change: Callable[[Stream], Stream] = lambda stream: stream,
+    **options: Any,
 ) -> Side:
-    """``fit`` of so many replicas, ``steps`` steps a lap."""
+    """``fit`` of a population, ``steps`` steps a lap; ``options`` are fit's own."""
+    laps = 1 + WARM + rounds
 
     def run(lap: Lap) -> None:
-        train = optim.Train(learning_rate=LEARNING_RATE, momentum=MOMENTUM)
-        optimizer = optim.make(train, steps * laps)
-        net = task.of_dataset(models.make(job.model, CLASSES), job.data)
+        trained, total = net or job.task(), steps * laps
+        optimizer = optim.make(TRAIN, total)
         keys = jax.random.split(jax.random.key(0), replicas)
-        state = fit.init(net, optimizer, keys, optim.hyperparameters(train), mesh)
-        stream = resident(job.data, job.batch_size, replicas)
-        fit.fit(
-            *(net, optimizer, state, stream, steps * laps, mesh),
-            probes=[LapProbe(steps, laps, lap)],
-            **options,
-        )
-        raise RuntimeError("laps too few")
+        state = fit.init(trained, optimizer, keys, optim.hyperparameters(TRAIN), mesh)
+        stream = change(resident(job.data, job.batch_size, replicas))
+        probes = [LapProbe(steps, laps, lap)]
+        fit.fit(trained, optimizer, state, stream, total, mesh, probes=probes, **options)
 
     return run

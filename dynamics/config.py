@@ -171,14 +171,20 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def override(config: T, values: Mapping[str, Any]) -> T:
-    """The config with dotted fields replaced, checked again; ValueError names an unknown field."""
+    """The config with dotted fields replaced, checked again; ValueError names an unknown field.
+
+    Where a field takes one of several classes, the name of one stands for it with its defaults:
+    ``{"model": "convnet"}``.
+    """
     for name, value in values.items():
         config = _replace(config, name, name.split("."), value)
     return config
 
 
 def _replace(config: Any, name: str, path: list[str], value: Any) -> Any:
-    fields = {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else {}
+    fields = (
+        {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else {}
+    )
     if path[0] not in fields:
         raise ValueError(
             f"{type(config).__name__} has no field {path[0]!r} (in {name!r})"
@@ -186,7 +192,24 @@ def _replace(config: Any, name: str, path: list[str], value: Any) -> Any:
         )
     if len(path) > 1:
         value = _replace(getattr(config, path[0]), name, path[1:], value)
+    elif isinstance(value, str):
+        kinds = choices(config).get(path[0], {})
+        value = kinds[value.lower()]() if value.lower() in kinds else value
     return dataclasses.replace(config, **{path[0]: value})
+
+
+def choices(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
+    """Dotted name of each field that takes one of several classes -> the classes by name."""
+    hints = typing.get_type_hints(type(config))
+    found: dict[str, dict[str, type]] = {}
+    for field in dataclasses.fields(config):
+        classes = [c for c in typing.get_args(hints[field.name]) if dataclasses.is_dataclass(c)]
+        if len(classes) > 1:
+            found[prefix + field.name] = {c.__name__.lower(): c for c in classes}
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= choices(value, f"{prefix}{field.name}.")
+    return found
 
 
 def _perhaps(name: str, names: Iterable[str]) -> str:

@@ -92,9 +92,7 @@ def fit(
     """
     meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
     _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every)
-    chunk = Chunk(
-        task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate
-    )
+    chunk = Chunk(task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate)
     state = jax.jit(lambda tree: tree, out_shardings=chunk.where)(state)
     watch, book, done = _Watch(probes, state, chunk), _Book(store, record_every), int(state.step[0])
     checkpoints = Checkpoints(store.path) if store is not None else None
@@ -322,7 +320,9 @@ class _Pace:
         now, steps = time.monotonic(), fetched - self._fetched
         if not steps:
             return
-        rate = steps / max(now - self._last, 1e-6)  # the first one, with the compilation, is dropped
+        rate = steps / max(
+            now - self._last, 1e-6
+        )  # the first one, with the compilation, is dropped
         known = np.isfinite(self._rate) and self._rate > 0
         self._rate = 0.7 * self._rate + 0.3 * rate if known else (0.0 if self._rate != 0 else rate)
         self._last, self._fetched = now, fetched

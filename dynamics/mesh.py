@@ -49,7 +49,9 @@ def _in_cluster() -> bool:
         int(os.environ.get(name, "1")) > 1
         for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
     )
-    return several or "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ
+    return (
+        several or "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ
+    )
 
 
 def make(replica: int = 1, data: int = 1, model: int = 1) -> Mesh:

@@ -41,9 +41,9 @@ class Where:
     runs: Path = Path("runs")
     """Folder of the results"""
     data_folder: Path | None = None
-    """Folder of the data sets (default: DYNAMICS_DATA)"""
+    """Folder of the data sets; None: DYNAMICS_DATA"""
     mesh: tuple[int, int, int] | None = None
-    """Devices along replica, data and model (default: replicas over all devices)"""
+    """Devices along replica, data and model; None: replicas over all devices"""
     verbose: bool = False
     """Show the traceback of an error"""
 
@@ -97,7 +97,11 @@ def _preset(module: ModuleType, file: str) -> dict[str, Any]:
 def _one_point(
     module: ModuleType, preset: dict[str, Any], flags: Sequence[str], name: str
 ) -> tuple[tuple[Any, ...], Where]:
-    default = preset.get("config") or module.Config()
+    default, flags = _chosen(preset.get("config") or module.Config(), list(flags))
+    kinds = "".join(
+        f"\n--{name.replace('_', '-')} {{{','.join(classes)}}}: which kind, then its own flags"
+        for name, classes in configs.choices(default).items()
+    )
     command = dataclasses.make_dataclass(
         "command",
         [
@@ -107,13 +111,24 @@ def _one_point(
     )
     parsed = tyro.cli(
         command,
-        args=list(flags),
+        args=flags,
         default=command(default, Where()),
         prog=f"python -m experiments {name} [PRESET.py]",
-        description=module.__doc__,
+        description=f"{module.__doc__}{kinds}",
         config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
     )
     return (parsed.config,), parsed.where
+
+
+def _chosen(config: Any, flags: list[str]) -> tuple[Any, list[str]]:
+    """The config with the kinds that flags like ``--model convnet`` name, and the other flags."""
+    for name in list(configs.choices(config)):
+        flag = "--" + name.replace("_", "-")
+        if flag in flags and flags.index(flag) + 1 < len(flags):
+            at = flags.index(flag)
+            config = configs.override(config, {name: flags[at + 1]})
+            del flags[at : at + 2]
+    return config, flags
 
 
 def _sweep_points(
@@ -138,7 +153,9 @@ def _sweep_points(
     if fields:
         return configs.grid(preset.get("config") or module.Config(), fields), where
     if "sweep" not in preset:
-        raise Refused("nothing to sweep: give --field VALUE ..., or a preset with sweep = grid(...)")
+        raise Refused(
+            "nothing to sweep: give --field VALUE ..., or a preset with sweep = grid(...)"
+        )
     return tuple(preset["sweep"]), where
 
 
@@ -170,7 +187,9 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 2
-    print(f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {time.monotonic() - began:.1f} s:")
+    print(
+        f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {time.monotonic() - began:.1f} s:"
+    )
     for point in points:
         print(f"  {where.runs / name / configs.fingerprint(point)}{_differences(point, points)}")
     print(f"draw:  python -m paper_figures {name} --runs {where.runs}")

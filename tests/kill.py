@@ -99,7 +99,9 @@ def disturbed(folder: Path, signals: list[int], first: float, rest: float, seed:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--term", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -117,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         disturbed(rough, [int(s) for s in signals], first, rest, args.seed)
         if contents(calm) != contents(rough):
             raise SystemExit("the disturbed run differs from the undisturbed one")
-    print(f"{args.kills} kills and {args.term} terminations: equal bit for bit, nothing left behind")
+    print(
+        f"{args.kills} kills and {args.term} terminations: equal bit for bit, nothing left behind"
+    )
     return 0
 
 

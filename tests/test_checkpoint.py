@@ -104,9 +104,7 @@ def test_restores_the_newest_bit_for_bit(run: Path) -> None:
 
 def test_restores_onto_another_mesh(run: Path) -> None:
     where = mesh.everywhere(mesh.make(1))
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree(0)
-    )
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree(0))
     found = Checkpoints(run).restore(like)
     assert_step(found, 10)
     assert all(x.sharding == where for x in jax.tree.leaves(found[0]))  # pyright: ignore

@@ -245,5 +245,7 @@ def test_sizes_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(ValueError, match="learning_rate must be one number or 2, one a replica"):
         tiny.start(p, mesh.make(), 2, learning_rate=np.ones(3))
     with pytest.raises(ValueError, match="reads the hyperparameter 'learning_rate'"):
-        bare = fit.init(p.task, p.optimizer, jax.random.split(jax.random.key(0), 2), {}, mesh.make())
+        bare = fit.init(
+            p.task, p.optimizer, jax.random.split(jax.random.key(0), 2), {}, mesh.make()
+        )
         fit.fit(p.task, p.optimizer, bare, tiny.batches(p, 2), 5, mesh.make())

@@ -54,8 +54,12 @@ def collectives(text: str, devices: int) -> list[list[int]]:
         if not re.search(r"= .*(all-reduce|all-gather|all-to-all|reduce-scatter)(-start)?\(", line):
             continue
         if found := re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", line):
-            groups += [[int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])]
-        elif found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", line):
+            groups += [
+                [int(d) for d in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", found[1])
+            ]
+        elif found := re.search(
+            r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](T\(([\d,]+)\))?", line
+        ):
             dims = [int(d) for d in found[3].split(",")]
             order = np.arange(int(np.prod(dims))).reshape(dims)
             if found[5]:
@@ -97,7 +101,9 @@ def test_fully_sharded_parameters_are_spread() -> None:
     sizes = jax.tree.map(
         lambda x, s: np.prod(s.shard_shape(x.shape)) / x.size, state.params, where.params
     )
-    big = [f for f, x in zip(*map(jax.tree.leaves, (sizes, state.params)), strict=True) if x.size > 64]
+    big = [
+        f for f, x in zip(*map(jax.tree.leaves, (sizes, state.params)), strict=True) if x.size > 64
+    ]
     assert big and max(big) == 1 / 8
 
 

@@ -73,18 +73,15 @@ class DataConfig:
     """Which examples are trained and tested on."""
 
     source: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "npz"] = "digits"
-    """Where the examples come from. digits needs no files; the others are read from the data
-    folder."""
+    """Where the examples come from; digits needs no files, the others the data folder."""
     file: str = ""
     """For npz: the file, relative to the data folder or absolute."""
     num_train: Count | None = None
-    """How many training examples are kept, chosen at random, in the order of the file; all if
-    None. With one seed a smaller choice is part of a larger one."""
+    """Training examples, a random choice in the order of the file; None: all."""
     num_test: Count | None = None
-    """How many test examples are kept, likewise."""
+    """Test examples, likewise; None: all."""
     test_fraction: Fraction = 0.25
-    """The part of each class set aside for testing, where the source has no test set of its own
-    (digits, and npz without x_test)."""
+    """Part of each class that is tested on where the source has no test set (digits, some npz)."""
     split_seed: Seed = 0
     """Seed of the split and of the choices of num_train and num_test."""
 

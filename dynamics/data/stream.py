@@ -12,14 +12,14 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from dynamics.data.order import batch_rows
-from dynamics.types import AUGMENT, NEVER, Batch, Dataset, Key, PyTree, Stream
+from dynamics.types import AUGMENT, NEVER, Batch, Dataset, Key, Leaf, PyTree, Stream
 
 Augment = Callable[[Key, jax.Array], jax.Array]
 
 RESIDENT_BYTES = 4 * 2**30  # of inputs that every device keeps a copy of
 
 
-def normalise(x: Shaped[Array, "b ..."], mean: Array, std: Array) -> Shaped[Array, "b ..."]:
+def normalise(x: Shaped[Array, "b ..."], mean: Leaf, std: Leaf) -> Shaped[Array, "b ..."]:
     """``(x - mean) / std`` in float32; ``std`` of size 0 marks tokens, which pass as integers."""
     if std.size == 0:
         return x.astype(jnp.int32)

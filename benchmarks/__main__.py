@@ -1,0 +1,103 @@
+"""``python -m benchmarks [NAME ...] [--quick] [--out FOLDER]``: run them, print one table."""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
+os.environ.setdefault("DYNAMICS_CACHE", "off")  # compile times are measured, too
+
+import jax  # noqa: E402
+
+from benchmarks import costs, speed  # noqa: E402
+from benchmarks.measure import Result  # noqa: E402
+from dynamics import mesh, record  # noqa: E402
+
+BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
+    "fit_mnist": speed.fit_mnist,
+    "fit_digits": speed.fit_digits,
+    "population_digits": speed.population_digits,
+    "population_mnist": speed.population_mnist,
+    "convnet": speed.convnet,
+    "order": costs.order,
+    "checkpoint": costs.checkpoint,
+    "startup": costs.startup,
+}
+HEADER = ("name", "what", "ours", "theirs", "ratio", "goal", "met", "first lap", "others", "note")
+
+
+def main() -> None:
+    """Results are written as each benchmark ends, so an interrupted run leaves what it has."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--quick", action="store_true", help="does everything run? numbers mean nothing"
+    )
+    options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in BENCHMARKS]:
+        parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    mesh.start()
+    results: list[Result] = []
+    for name in options.names or BENCHMARKS:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        results += BENCHMARKS[name](options.quick)
+        place = write(results, options.out, options.quick)
+    print(table(results))
+    print(f"\n{place}.json, {place}.md", file=sys.stderr)
+
+
+def write(results: list[Result], folder: Path, quick: bool) -> Path:
+    """``<folder>/<date>-<hardware>`` as .json and .md, and its path without the ending."""
+    about = {"quick": quick, "hardware": hardware(), "load": os.getloadavg()}
+    about |= record.provenance({"devices": [str(d) for d in jax.devices()]})
+    rows = [dataclasses.asdict(result) | {"met": result.met} for result in results]
+    folder.mkdir(parents=True, exist_ok=True)
+    name = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
+    place = folder / f"{datetime.date.today()}-{name}{'-quick' if quick else ''}"
+    record.write(place.with_suffix(".json"), json.dumps({**about, "results": rows}, indent=1))
+    record.write(place.with_suffix(".md"), f"# {place.name}\n\n{table(results)}\n")
+    return place
+
+
+def hardware() -> str:
+    """The device, or the processor and its number of cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{len(jax.devices())} {device.device_kind}"
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
+    return f"{len(os.sched_getaffinity(0))} {names[0] if names else platform.machine()}"
+
+
+def table(results: list[Result]) -> str:
+    """Markdown, with its columns aligned."""
+    cells = [HEADER, *(_cells(result) for result in results)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADER))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in cells
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def _cells(r: Result) -> tuple[str, ...]:
+    goal = "" if r.goal is None else f"<= {r.goal:g}"
+    if r.skipped:
+        return (r.name, r.what, "", "", "", goal, "skipped", "", "", r.skipped)
+    spread = "" if r.low == r.high else f" ({r.low:.3g}..{r.high:.3g})"
+    first = "" if r.compiled is None else "{:.1f} / {:.1f} s".format(*r.compiled)
+    busy = "" if r.busy != r.busy else f"{r.busy:.1f}"
+    met = {None: "", True: "yes", False: "NO"}[r.met]
+    values = (f"{r.ours:.4g} {r.unit}", f"{r.theirs:.4g} {r.unit}", f"{r.ratio:.3g}{spread}")
+    return (r.name, r.what, *values, goal, met, first, busy, r.note)
+
+
+if __name__ == "__main__":
+    main()

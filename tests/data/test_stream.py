@@ -1,0 +1,263 @@
+"""Batches: the right rows with the right labels, the same from the device and from the host."""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from dynamics.data import stream as streams
+from dynamics.data.augment import crop_and_flip
+from dynamics.data.order import batch_rows
+from dynamics.data.stream import normalise, resident, stream, streamed, take
+from dynamics.types import AUGMENT, Dataset
+
+N, B = 23, 4
+KEYS = jax.random.split(jax.random.key(1), 3)
+GENERATOR = np.random.default_rng(0)
+
+
+def images() -> Dataset:
+    x = GENERATOR.integers(0, 256, (N, 5, 5, 1)).astype(np.uint8)
+    y = GENERATOR.integers(0, 10, N).astype(np.int64)
+    mean, std = np.float32([[[100.0]]]), np.float32([[[37.0]]])
+    index = np.arange(N, dtype=np.int32) * 2
+    return Dataset(x=x, y=y, index=index, mean=mean, std=std)
+
+
+def tokens() -> Dataset:
+    x = GENERATOR.integers(0, 200, (N, 7)).astype(np.uint8)
+    nothing = np.zeros(0, np.float32)
+    index = np.arange(N, dtype=np.int32)
+    return Dataset(x=x, y=x[:, ::-1].copy(), index=index, mean=nothing, std=nothing)
+
+
+IMAGES, TOKENS = images(), tokens()
+SUBSETS = np.stack([GENERATOR.permutation(N)[:12] for _ in range(3)])
+SIZES = np.array([12, 4, 7])
+LABELS = GENERATOR.integers(0, 10, (3, N))
+
+
+@functools.cache
+def compiled(batch: Any) -> Any:
+    return jax.jit(jax.vmap(batch, (None, 0, 0, 0, None)))
+
+
+def batches(made: Any, first: int, count: int, keys: Any = KEYS) -> Any:
+    """The batches of the steps first, first + 1, ..., leaves [count, K, b, ...]."""
+    run = compiled(made.batch)
+    fed = made.host(first) if made.host is not None else itertools.repeat(())
+    steps = range(first, first + count)
+    # the host gives leaves [K, ...]
+    found = [
+        run(made.shared, made.own, f, keys, jnp.int32(t)) for t, f in zip(steps, fed, strict=False)
+    ]
+    return jax.tree.map(lambda *xs: np.stack([np.asarray(x) for x in xs]), *found)
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    return batches(resident(IMAGES, B, 3), 0, 12)
+
+
+# ---- from the device ----------------------------------------------------------------------------
+
+
+def test_batches_are_rows_of_the_file(plain: Any) -> None:
+    assert plain.x.shape == (12, 3, B, 5, 5, 1) and plain.x.dtype == np.float32
+    assert plain.y.dtype == plain.index.dtype == np.int32
+    wanted = (IMAGES.x[plain.index].astype(np.float64) - 100) / 37
+    np.testing.assert_allclose(plain.x, wanted, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(plain.y, IMAGES.y[plain.index])
+
+
+def test_batches_follow_the_order_of_each_replicas_key(plain: Any) -> None:
+    run = jax.jit(jax.vmap(lambda k, t: batch_rows(k, t, jnp.int32(N), B), (0, None)))
+    for t in range(12):
+        np.testing.assert_array_equal(plain.index[t], run(KEYS, jnp.int32(t)))
+    assert len({tuple(plain.index[:5, s].ravel()) for s in range(3)}) == 3
+
+
+def test_a_replica_sees_only_its_rows_each_once_an_epoch() -> None:
+    found = batches(resident(IMAGES, B, 3, rows=SUBSETS, sizes=SIZES, labels=LABELS), 0, 9)
+    for s, size in enumerate(SIZES):
+        per_epoch = size // B
+        epochs = found.index[: 9 // per_epoch * per_epoch, s].reshape(-1, per_epoch * B)
+        for epoch in epochs:
+            assert len(set(epoch)) == per_epoch * B
+            assert set(epoch) <= set(SUBSETS[s][:size])
+        assert set(found.index[:, s].ravel()) == set(SUBSETS[s][:size])
+        np.testing.assert_array_equal(found.y[:, s], LABELS[s][found.index[:, s]])
+    wanted = (IMAGES.x[found.index].astype(np.float64) - 100) / 37
+    np.testing.assert_allclose(found.x, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_replica_gets_does_not_depend_on_the_others() -> None:
+    options = {"rows": SUBSETS, "sizes": SIZES, "labels": LABELS}
+    together = batches(resident(IMAGES, B, 3, **options), 3, 4)
+    made = resident(IMAGES, B, 1, **{name: value[1:2] for name, value in options.items()})
+    alone = batches(made, 3, 4, KEYS[1:2])
+    assert_same(jax.tree.map(lambda x: x[:, 1:2], together), alone)
+
+
+def test_what_lies_behind_a_subset_is_never_read() -> None:
+    padded = SUBSETS.copy()
+    for s, size in enumerate(SIZES):
+        padded[s, size:] = 0
+    made = resident(IMAGES, B, 3, rows=SUBSETS, sizes=SIZES)
+    other = resident(IMAGES, B, 3, rows=padded, sizes=SIZES)
+    assert_same(batches(made, 0, 6), batches(made._replace(own=other.own), 0, 6))
+
+
+def test_sizes_alone_keep_the_first_examples() -> None:
+    found = batches(resident(IMAGES, B, 3, sizes=np.array([4, 9, N])), 0, 6)
+    assert [found.index[:, s].max() for s in range(2)] == [3, 8]
+
+
+def test_tokens_pass_as_integers() -> None:
+    found = batches(resident(TOKENS, B, 3), 0, 3)
+    assert found.x.dtype == found.y.dtype == np.int32
+    np.testing.assert_array_equal(found.x, TOKENS.x[found.index])
+    np.testing.assert_array_equal(found.y, TOKENS.y[found.index])
+
+
+def test_take_and_normalise() -> None:
+    data = jax.tree.map(jnp.asarray, IMAGES.replace(y=IMAGES.y.astype(np.int32)))
+    rows = jnp.array([22, 0, 0, 5])
+    found = take(data, rows)
+    np.testing.assert_array_equal(found.index, rows)
+    np.testing.assert_array_equal(found.y, IMAGES.y[np.asarray(rows)])
+    np.testing.assert_allclose(found.x[1], (IMAGES.x[0].astype(np.float64) - 100) / 37, rtol=1e-5)
+    ones, mean, std = jnp.ones((2, 3, 3, 2), jnp.uint8), [[[0.0, 1.0]]], [[[2.0, 2.0]]]
+    colour = normalise(ones, jnp.array(mean), jnp.array(std))
+    np.testing.assert_array_equal(np.unique(np.asarray(colour)[..., 0]), [0.5])
+    np.testing.assert_array_equal(np.unique(np.asarray(colour)[..., 1]), [0.0])
+
+
+# ---- from the host ------------------------------------------------------------------------------
+
+OPTIONS = {
+    "all": {},
+    "subsets": {"rows": SUBSETS, "sizes": SIZES, "labels": LABELS},
+    "labels": {"labels": LABELS},
+    "augmented": {"augment": crop_and_flip(2)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_host_and_device_give_the_same_bits(options: Any) -> None:
+    device, host = resident(IMAGES, B, 3, **options), streamed(IMAGES, B, KEYS, **options)
+    for first in (0, 7):
+        assert_same(batches(device, first, 4), batches(host, first, 4))
+
+
+def test_host_and_device_give_the_same_tokens() -> None:
+    a = batches(resident(TOKENS, B, 3), 5, 3)
+    assert_same(a, batches(streamed(TOKENS, B, KEYS), 5, 3))
+
+
+def test_the_host_may_start_at_any_step_and_again(plain: Any) -> None:
+    made = streamed(IMAGES, B, KEYS, num_threads=2)
+    for first in (4, 0, 4):
+        found = batches(made, first, 2)
+        assert_same(found, jax.tree.map(lambda x, f=first: x[f : f + 2], plain))
+
+
+def test_the_host_reads_only_what_a_batch_needs(tmp_path: Any) -> None:
+    """From a memory map, as stored: nothing is read ahead of its step, nothing is converted."""
+    np.save(tmp_path / "x.npy", IMAGES.x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    fed = next(streamed(IMAGES.replace(x=mapped), B, KEYS).host(2))
+    assert fed["x"].shape == (3, B, 5, 5, 1) and fed["x"].dtype == np.uint8
+    np.testing.assert_array_equal(fed["x"], IMAGES.x[fed["rows"]])
+    np.testing.assert_array_equal(fed["y"], IMAGES.y[fed["rows"]])
+
+
+@pytest.mark.parametrize("impl", ["rbg"])
+def test_the_host_follows_keys_of_another_kind(impl: str) -> None:
+    keys = jax.random.split(jax.random.key(0, impl=impl), 3)
+    a = batches(resident(IMAGES, B, 3), 0, 2, keys)
+    assert_same(a, batches(streamed(IMAGES, B, keys), 0, 2, keys))
+
+
+def test_where_the_data_go_is_a_matter_of_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert stream(IMAGES, B, KEYS, labels=LABELS).host is None
+    monkeypatch.setattr(streams, "RESIDENT_BYTES", IMAGES.x.nbytes - 1)
+    made = stream(IMAGES, B, KEYS, labels=LABELS)
+    assert made.host is not None and made.batch_size == B
+    monkeypatch.setattr(streams, "RESIDENT_BYTES", IMAGES.x.nbytes)
+    assert stream(IMAGES, B, KEYS).host is None
+
+
+# ---- augmentation -------------------------------------------------------------------------------
+
+
+def test_augmentation_has_its_own_key_for_every_step(plain: Any) -> None:
+    def noise(key: Any, x: Any) -> Any:
+        return x + jax.random.normal(key, x.shape)
+
+    found = batches(resident(IMAGES, B, 3, augment=noise), 0, 3)
+    np.testing.assert_array_equal(found.index, plain.index[:3])
+    np.testing.assert_array_equal(found.y, plain.y[:3])
+    for t, s in itertools.product(range(3), range(3)):
+        key = jax.random.fold_in(jax.random.fold_in(KEYS[s], AUGMENT), t)
+        wanted = plain.x[t, s] + np.asarray(jax.random.normal(key, plain.x[t, s].shape))
+        np.testing.assert_allclose(found.x[t, s], wanted, rtol=1e-5, atol=1e-6)
+
+
+# ---- what is refused ----------------------------------------------------------------------------
+
+OUT = SUBSETS.copy()
+OUT[1, 0] = N
+TWICE = SUBSETS.copy()
+TWICE[2, 1] = TWICE[2, 0]
+REFUSED = {
+    "batch": (dict(batch_size=N + 1), ["batch_size", str(N), str(N + 1)]),
+    "no batch": (dict(batch_size=0), ["batch_size", "0"]),
+    "batch of a subset": (dict(batch_size=5, rows=SUBSETS, sizes=SIZES), ["batch_size", "4", "5"]),
+    "out of range": (dict(rows=OUT), ["rows", "replica 1", "12", "22", "23"]),
+    "negative": (dict(rows=SUBSETS - N), ["rows", "replica 0"]),
+    "twice": (dict(rows=TWICE), ["rows", "replica 2", "12", "11"]),
+    "fewer rows": (dict(rows=SUBSETS[:2]), ["rows", "3 replicas", "(2, 12)"]),
+    "larger than rows": (dict(rows=SUBSETS, sizes=np.array([13, 4, 4])), ["replica 0", "13"]),
+    "larger than data": (dict(sizes=np.array([4, N + 1, 4])), ["sizes", str(N), str(N + 1)]),
+    "empty": (dict(rows=SUBSETS, sizes=np.array([4, 0, 4])), ["0"]),
+    "fewer sizes": (dict(sizes=np.array([4, 4])), ["sizes", "3", "2"]),
+    "fewer sizes of rows": (dict(rows=SUBSETS, sizes=np.array([4, 4])), ["sizes", "3", "2"]),
+    "labels": (dict(labels=LABELS[:, 1:]), ["labels", f"(3, {N})", f"(3, {N - 1})"]),
+    "labels of tokens": (dict(data=TOKENS, labels=LABELS), ["labels"]),
+}
+
+
+@pytest.fixture
+def unchecked() -> Any:
+    """Without the type checks of the tests, as a user of the library meets it."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize(("options", "words"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("where", ["device", "host"])
+def test_refused_with_a_message(unchecked: Any, where: str, options: Any, words: Any) -> None:
+    options = {"data": IMAGES, "batch_size": B} | options
+    data, size = options.pop("data"), options.pop("batch_size")
+    with pytest.raises(ValueError) as error:
+        if where == "device":
+            resident(data, size, 3, **options)
+        else:
+            streamed(data, size, KEYS, **options)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "zip()" not in str(error.value) and "zero-size" not in str(error.value)

@@ -1,0 +1,117 @@
+"""The command line as a stranger meets it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments import __main__ as cli
+
+ROOT = Path(__file__).parent.parent.parent
+PRESET = "configs/data_diet/digits.py"
+SMALL = [
+    *("--data.num-train", "200", "--data.num-test", "50", "--train.batch-size", "20"),
+    *("--score.epochs", "1", "--score.replicas", "2"),
+    *("--prune.replicas", "2", "--prune.epochs", "1"),
+]
+
+
+def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "2"} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def entries(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir() if p.name.endswith("-cache")}
+
+
+def test_run_sweep_and_draw(tmp_path: Path) -> None:
+    runs, cache = str(tmp_path / "runs"), tmp_path / "cache"
+    one = ("experiments", "data_diet", PRESET, *SMALL, "--train.learning-rate", "0.05")
+    first = call(*one, "--runs", runs, DYNAMICS_CACHE=str(cache))
+    assert first.returncode == 0, first.stderr
+    assert "1 run of data_diet" in first.stdout and "retrain: step 10 of 10" in first.stderr
+    compiled = entries(cache)
+    assert compiled
+    again = call(*one, "--runs", runs, DYNAMICS_CACHE=str(cache))
+    assert again.returncode == 0 and "retrain" not in again.stderr
+    elsewhere = call(*one, "--runs", str(tmp_path / "more"), DYNAMICS_CACHE=str(cache))
+    assert elsewhere.returncode == 0 and "retrain: step 10 of 10" in elsewhere.stderr
+    assert entries(cache) == compiled  # the second run of anything compiles nothing
+    grid = ("--train.learning-rate", "0.05", "0.1", "--model.width", "128", "16")
+    swept = call("experiments", "sweep", "data_diet", PRESET, *SMALL, *grid, "--runs", runs)
+    assert swept.returncode == 0, swept.stderr
+    assert "4 runs of data_diet" in swept.stdout
+    assert swept.stdout.count("train.learning_rate=0.05") == 2
+    assert len(list((tmp_path / "runs" / "data_diet").glob("*/done.json"))) == 4
+    drawn = call("paper_figures", "data_diet", "--runs", runs, "--out", str(tmp_path / "out"))
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "out" / "data_diet_pruning.pdf").exists()
+    assert "claims on digits" in drawn.stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing"], "no experiment 'nothing'; there are: data_diet"),
+        (["data_diet", "nope.py"], "no preset file nope.py; there are: configs/data_diet"),
+        (["data_diet", "--train.batch-size", "500"], "train.batch_size 500 is more than the 135"),
+        (["data_diet", "--model", "foo"], "Config.model must be Linear or MLP"),
+        (["data_diet", "--mesh", "16", "1", "1"], "needs 16 devices, this machine has 8"),
+        (["data_diet", "--data.source", "mnist"], "set DYNAMICS_DATA or --data-folder"),
+        (["data_diet", "--data.num-train", "5000"], "num_train"),
+        (["sweep", "data_diet"], "nothing to sweep"),
+        (["sweep", "data_diet", PRESET, "0.1"], "expected --field VALUE"),
+        (["sweep", "data_diet", "--noise"], "grid: 'noise' has no values"),
+        (["sweep", "data_diet", "--train.lr", "1"], "Train has no field 'lr'"),
+        (["sweep", "data_diet", "--noise", "high"], "Config.noise must be float, got 'high'"),
+    ],
+)
+def test_refusals(argv: list[str], message: str, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("DYNAMICS_DATA", raising=False)
+    monkeypatch.setenv("DYNAMICS_CACHE", "off")
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and len(printed.err.splitlines()) == 1
+    assert printed.out == ""
+
+
+def test_a_preset_of_something_else_is_refused(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "odd.py").write_text("config = 3\n")
+    assert cli.main(["data_diet", str(tmp_path / "odd.py")]) == 2
+    assert "must define config = Config(...)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--train.lerning-rate", "--train.learning-rate"])
+def test_help_and_parse_errors_are_readable(flag: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["data_diet", flag, "-1"])
+    assert stopped.value.code == 2
+    shown = "".join(capsys.readouterr().err.split())
+    expected = {
+        "--train.lerning-rate": "Perhapsyoumeant",
+        "--train.learning-rate": "Train.learning_ratemustbe>0",
+    }
+    assert expected[flag] in shown
+
+
+def test_help_names_every_value(capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["data_diet", "--model", "convnet", "--help"])
+    shown = capsys.readouterr().out
+    for text in (
+        "--model.channels",
+        "--train.learning-rate",
+        "(default: 0.02)",
+        "--prune.fractions",
+    ):
+        assert text in shown
