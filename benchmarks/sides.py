@@ -69,7 +69,9 @@ def mnist() -> Job:
 
 def images() -> Job:
     """Two convolutions on noise in CIFAR's shape."""
-    return Job(noise(10_000, 32, 32, 3), models.Convnet(channels=(32, 64)), 64, "noise in CIFAR's shape")
+    return Job(
+        noise(10_000, 32, 32, 3), models.Convnet(channels=(32, 64)), 64, "noise in CIFAR's shape"
+    )
 
 
 def noise(n: int, *shape: int) -> Dataset:

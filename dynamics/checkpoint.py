@@ -55,7 +55,7 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
 
     def save(self, step: int, tree: PyTree, note: Any = None) -> None:
-        """Write ``tree`` and the JSON value ``note`` in the background; step 0 is one like others."""
+        """Write ``tree`` and the JSON value ``note`` in the background."""
         self.wait()
         leaves, note = _leaves(tree), {"note": note, "leaves": _describe(_leaves(tree))}
         if self._manager is None:

@@ -190,12 +190,13 @@ def _replace(config: Any, name: str, path: list[str], value: Any) -> Any:
             f"{type(config).__name__} has no field {path[0]!r} (in {name!r})"
             f"{_perhaps(path[0], fields)}"
         )
+    inner: Any = getattr(config, path[0])
     if len(path) > 1:
-        value = _replace(getattr(config, path[0]), name, path[1:], value)
+        value = _replace(inner, name, path[1:], value)
     elif isinstance(value, str):
         kinds = choices(config).get(path[0], {})
         value = kinds[value.lower()]() if value.lower() in kinds else value
-    return dataclasses.replace(config, **{path[0]: value})
+    return dataclasses.replace(config, **{path[0]: value})  # pyright: ignore[reportArgumentType]
 
 
 def choices(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
@@ -203,7 +204,8 @@ def choices(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
     hints = typing.get_type_hints(type(config))
     found: dict[str, dict[str, type]] = {}
     for field in dataclasses.fields(config):
-        classes = [c for c in typing.get_args(hints[field.name]) if dataclasses.is_dataclass(c)]
+        classes: list[Any] = list(typing.get_args(hints[field.name]))
+        classes = [c for c in classes if dataclasses.is_dataclass(c)]
         if len(classes) > 1:
             found[prefix + field.name] = {c.__name__.lower(): c for c in classes}
         value = getattr(config, field.name)

@@ -87,7 +87,8 @@ def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:
     for axis, (what, size) in sizes.items():
         if size % mesh.shape[axis]:
             raise ValueError(
-                f"{what} must be a multiple of the mesh's {axis} axis, {mesh.shape[axis]}, got {size}"
+                f"{what} must be a multiple of the mesh's {axis} axis, {mesh.shape[axis]}, "
+                f"got {size}"
             )
 
 

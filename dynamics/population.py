@@ -73,7 +73,8 @@ def spread(fn: Callable[..., PyTree], mesh: Mesh, how: How) -> Callable[..., PyT
 
 def split(tree: PyTree, mesh: Mesh) -> list[PyTree]:
     """A population [K, ...] as K / R populations [R, ...], one replica on each of R devices; no
-    data crosses devices under jit with replica-sharded inputs and outputs."""
+    data crosses devices under jit with replica-sharded inputs and outputs.
+    """
     devices = mesh.shape[meshes.AXES[0]]
     here = jax.tree.leaves(tree)[0].shape[0] // devices
 

@@ -28,6 +28,7 @@ import polars as pl
 
 from dynamics import config as configs
 
+GROUP = "group-"  # begins the name of a directory in which several points are computed
 PACKAGES = ("training-dynamics", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 T = TypeVar("T")
@@ -119,16 +120,25 @@ def completed(
         (p, h) for p, h in zip(points, homes, strict=True) if not (h / "done.json").is_file()
     ]
     if missing:
-        todo = tuple(point for point, _ in missing)
-        work = missing[0][1]
-        if len(todo) > 1:
-            work = Path(folder, "group-" + configs.fingerprint(todo))
-        tables = compute(todo, Recorder(work, todo if len(todo) > 1 else todo[0], about))
+        todo = [point for point, _ in missing]
+        if len(todo) == 1:
+            recorder = Recorder(missing[0][1], todo[0], about)
+        else:
+            group = Path(folder, GROUP + configs.fingerprint(tuple(todo)))
+            recorder = Recorder(group, tuple(todo), about)
+        tables = compute(todo, recorder)
         for (point, home), table in zip(missing, tables, strict=True):
             Recorder(home, point, about).finish(table)
-        if len(todo) > 1:
-            shutil.rmtree(work)
+    _remove_finished_groups(Path(folder))
     return [_table(read(home)) for home in homes]
+
+
+def _remove_finished_groups(folder: Path) -> None:
+    """Remove the directories of groups all of whose points are stored."""
+    for group in folder.glob(GROUP + "*"):
+        points = json.loads((group / "config.json").read_text())
+        if all((folder / configs.fingerprint(p) / "done.json").is_file() for p in points):
+            shutil.rmtree(group)
 
 
 def _table(run: Run) -> Table:
@@ -172,7 +182,7 @@ class Recorder:
             return f.tell()
 
     def rewind(self, position: int) -> list[dict[str, Any]]:
-        """Drop the live rows past ``position``; the rows that stay. RecordError: fewer are there."""
+        """Drop the live rows past ``position``; returns the rest. RecordError: fewer are there."""
         size = self._rows.stat().st_size if self._rows.exists() else 0
         if size < position:
             raise RecordError(

@@ -1,5 +1,6 @@
 """The one train step, of one replica: pure, unjitted, and ignorant of every method."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -73,9 +74,11 @@ def make(
             one, (state.extras, zeros), (jnp.arange(accumulate), parts), unroll=unroll
         )
         scalars = jax.tree.map(lambda x: x.mean(axis=0), aux.scalars)
-        aux = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), aux.replace(scalars={}))
+        aux = jax.tree.map(
+            lambda x: x.reshape(-1, *x.shape[2:]), dataclasses.replace(aux, scalars={})
+        )
         grads = jax.tree.map(lambda g: g / accumulate, total)
-        return (loss.mean(), (extras, aux.replace(scalars=scalars))), grads
+        return (loss.mean(), (extras, dataclasses.replace(aux, scalars=scalars))), grads
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Aux, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, LOSS), state.step)
@@ -94,7 +97,8 @@ def make(
         params, extras, opt_state = jax.tree.map(
             lambda new, old: jnp.where(alive, new, old), after, before
         )
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             extras=extras,

@@ -137,7 +137,8 @@ def _check(config: Config, data: Splits) -> None:
     if config.train.batch_size > round(smallest * n):
         raise ValueError(
             f"train.batch_size {config.train.batch_size} is more than the {round(smallest * n)} "
-            f"examples that prune.fractions {smallest:g} keeps of {n}: a smaller batch, or more kept"
+            f"examples that prune.fractions {smallest:g} keeps of {n}: "
+            "take a smaller batch or keep more"
         )
 
 

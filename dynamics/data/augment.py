@@ -11,7 +11,8 @@ from dynamics.types import Key
 
 def crop_and_flip(pad: int = 4) -> Callable[[Key, jax.Array], jax.Array]:
     """Reflect-pad by ``pad`` pixels, crop back at a random offset and flip left-right with
-    probability 1/2, each drawn per image: x f32[B, H, W, C]."""
+    probability 1/2, each drawn per image: x f32[B, H, W, C].
+    """
 
     def augment(key: Key, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")

@@ -3,6 +3,7 @@
 Both make the same batches: which examples is ``order``'s business alone.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,7 +65,7 @@ def resident(
         where = batch_rows(key, step, own["size"], batch_size)
         found = take(shared, own["rows"][where] if "rows" in own else where)
         if "labels" in own:
-            found = found.replace(y=own["labels"][found.index])
+            found = dataclasses.replace(found, y=own["labels"][found.index])
         return _augmented(found, augment, key, step)
 
     return Stream(batch, data, own, batch_size)
@@ -126,7 +127,7 @@ def _augmented(batch: Batch, augment: Augment | None, key: Key, step: jax.Array)
     if augment is None:
         return batch
     key = jax.random.fold_in(jax.random.fold_in(key, AUGMENT), step)
-    return batch.replace(x=augment(key, batch.x))
+    return dataclasses.replace(batch, x=augment(key, batch.x))
 
 
 def _own(

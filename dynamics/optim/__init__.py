@@ -66,7 +66,7 @@ def make(train: Train, num_steps: int) -> optax.GradientTransformationExtraArgs:
     shape = factor(train.schedule, num_steps)
 
     def rule(h: Mapping[str, Any]) -> optax.GradientTransformation:
-        def learning_rate(count: jax.Array) -> jax.Array:
+        def learning_rate(count: Any) -> jax.Array:
             return h["learning_rate"] * shape(count)
 
         if train.rule == "sgd":

@@ -118,7 +118,7 @@ def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
 
 
 def test_the_claims_on_digits() -> None:
-    """Section by section: keep hard > random > easy on clean labels; GraNd at init is input norm."""
+    """Clean labels: hard beats random beats easy, and GraNd at init is the input norm."""
     config = Config(
         score=Scoring(epochs=5.0, replicas=20),
         prune=Pruning(fractions=(0.3,), replicas=5, epochs=20.0),
