@@ -141,7 +141,9 @@ class Checkpoints:
             args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
             leaves = manager.restore(step, args=args)["tree"]
         values = [
-            jax.random.wrap_key_data(leaves[name]) if _is_key(leaf) else leaves[name]
+            jax.device_put(jax.random.wrap_key_data(leaves[name]), leaf.sharding)
+            if _is_key(leaf)
+            else leaves[name]
             for name, leaf in zip(names, jax.tree.leaves(like), strict=True)
         ]
         log.info("restored checkpoint %d of %s", step, self.root)

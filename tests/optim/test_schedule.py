@@ -40,7 +40,7 @@ def test_milestones_at_the_ends_twice_and_in_any_order():
 @pytest.mark.parametrize("kind", [Cosine, Linear])
 @FEW
 @given(
-    num_steps=st.integers(1, 40),
+    num_steps=st.sampled_from([1, 2, 7, 40]),
     warmup=st.floats(0, 1),
     final=st.floats(0, 1),
 )
@@ -61,7 +61,7 @@ def test_named_steps(kind):
     """The first update is not lost, the peak is reached, the end is where it should be."""
     shape = kind(warmup=0.25, final=0.1)
     found = values(shape, 40, [0, 8, 9, 10, 25, 39, 40, 41, 1000])
-    assert found[0] == np.float32(0.1) and found[1] == np.float32(0.9)
+    np.testing.assert_allclose(found[:2], [0.1, 0.9], rtol=1e-6)
     np.testing.assert_array_equal(found[2:4], 1)
     np.testing.assert_allclose(found[4], 0.55, rtol=1e-6)
     assert 0.1 < found[5] < 0.15

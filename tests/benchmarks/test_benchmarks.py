@@ -1,0 +1,69 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.measure import OverError, Result, race
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_sides_take_turns_and_are_ended():
+    heard, ended = [], []
+
+    def side(name):
+        def run(lap):
+            try:
+                while True:
+                    heard.append(name)
+                    lap()
+            except OverError:
+                ended.append(name)
+                raise
+
+        return run
+
+    found = race({"a": side("a"), "b": side("b")}, rounds=2)
+    assert heard == ["a", "b"] * 5
+    assert ended == ["a", "b"]
+    assert all(seconds.shape == (5,) for seconds in found.seconds.values())
+
+
+def test_an_error_of_a_side_is_raised():
+    def broken(lap):
+        lap()
+        raise KeyError("here")
+
+    with pytest.raises(KeyError, match="here"):
+        race({"broken": broken}, rounds=2)
+
+
+def test_goals():
+    assert Result("a", "", ratio=1.0, goal=1.0).met
+    assert not Result("a", "", ratio=float("nan"), goal=1.0).met
+    assert Result("a", "", ratio=1.0).met is None
+    assert Result("a", "", goal=1.0, skipped="no torch").met is None
+
+
+@pytest.mark.slow
+def test_quick_run_writes_the_table(tmp_path):
+    command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path)]
+    settings = {"JAX_NUM_CPU_DEVICES": "2", "DYNAMICS_CACHE": "off"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    rows = found["results"]
+    names = [row["name"] for row in rows]
+    assert len(set(names)) == len(names)
+    assert {"fit_mnist", "population", "convnet", "order_sort", "checkpoint_mnist"} <= set(names)
+    assert all(row["skipped"] or np.isfinite(row["ratio"]) for row in rows)
+    assert next(row for row in rows if row["name"] == "compiled")["ours"] == 0
+    table = next(tmp_path.glob("*.md")).read_text()
+    assert table.strip().endswith(done.stdout.strip())
+    assert all(f"| {name} " in table for name in names)

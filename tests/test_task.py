@@ -1,0 +1,163 @@
+"""Tasks: what training and evaluation mode may and may not do."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from references import losses as reference
+
+from dynamics import losses, models, task
+from dynamics.types import Batch, Dataset
+
+GENERATOR = np.random.default_rng(0)
+X = GENERATOR.normal(2, 3, (6, 4, 4, 1)).astype(np.float32)
+Y = np.array([0, 1, 2, 0, 1, 2], np.int32)
+BATCH = Batch(x=jnp.asarray(X), y=jnp.asarray(Y), index=jnp.array([9, 3, 5, 0, 1, 2]))
+KEY = jax.random.key(7)
+# tiny nets spend their time in the compiler
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+class Tokens(nn.Module):
+    """Logits [B, T, 5] of tokens, by a table."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        return nn.Embed(5, 5)(x)
+
+
+def made(net: Any, **options: Any) -> Any:
+    found = task.classification(models.make(net, 3), X.shape[1:], **options)
+    return found, *jit(found.init)(KEY)
+
+
+@pytest.fixture(scope="module")
+def normed() -> Any:
+    """A convnet with batch norm."""
+    return made(models.Convnet(channels=(3,), norm="batch"))
+
+
+# ---- without extras -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "squared_error"])
+def test_the_loss_is_the_mean_of_the_examples(name: str) -> None:
+    net, params, extras = made(models.MLP(width=3, depth=1), loss=getattr(losses, name))
+    assert extras == {}
+    loss, (after, aux) = jit(net.loss)(params, extras, BATCH, KEY, {})
+    assert after == {} and aux.loss.shape == (6,) and aux.logits.shape == (6, 3)
+    wanted = [
+        getattr(reference, name)(z, y) for z, y in zip(np.asarray(aux.logits), Y, strict=True)
+    ]
+    np.testing.assert_allclose(aux.loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-5)
+    np.testing.assert_array_equal(aux.y, Y)
+    np.testing.assert_array_equal(aux.index, BATCH.index)
+    assert aux.scalars == {}
+    seen = jit(net.evaluate)(params, extras, BATCH, {})
+    np.testing.assert_allclose(seen.loss, aux.loss, rtol=1e-6)
+
+
+def test_the_key_alone_determines_the_start() -> None:
+    a, b, c = (
+        jax.tree.leaves(jit(made(models.MLP(width=3))[0].init)(jax.random.key(s))[0])
+        for s in (1, 1, 2)
+    )
+    for x, y, z in zip(a, b, c, strict=True):
+        np.testing.assert_array_equal(x, y)
+        assert not x.any() or (x != z).any()
+
+
+def test_dropout_is_random_in_training_only() -> None:
+    net, params, extras = made(models.MLP(width=16, dropout=0.5))
+    loss, evaluate = jit(net.loss), jit(net.evaluate)
+    a, b, c = (loss(params, extras, BATCH, jax.random.key(s), {})[1][1].logits for s in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert (a != c).any()
+    np.testing.assert_array_equal(
+        evaluate(params, extras, BATCH, {}).logits, evaluate(params, extras, BATCH, {}).logits
+    )
+    # the same example twice in a batch is dropped differently
+    twin = BATCH.replace(x=jnp.broadcast_to(BATCH.x[:1], X.shape))
+    logits = loss(params, extras, twin, KEY, {})[1][1].logits
+    assert len(np.unique(np.asarray(logits), axis=0)) > 1
+
+
+# ---- batch statistics ---------------------------------------------------------------------------
+
+
+def test_training_normalises_by_the_batch_and_remembers(normed: Any) -> None:
+    net, params, extras = normed
+    loss, evaluate = jit(net.loss), jit(net.evaluate)
+    (stats,) = extras["batch_stats"].values()
+    np.testing.assert_array_equal(stats["mean"], 0)
+    np.testing.assert_array_equal(stats["var"], 1)
+    _, (after, aux) = loss(params, extras, BATCH, KEY, {})
+    assert jax.tree.structure(after) == jax.tree.structure(extras)
+    conv = jax.lax.conv_general_dilated(
+        *(BATCH.x, params["conv_0"]["kernel"], (1, 1), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    conv = np.asarray(conv, np.float64)
+    (now,) = after["batch_stats"].values()
+    np.testing.assert_allclose(now["mean"], 0.1 * conv.mean((0, 1, 2)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(now["var"], 0.9 + 0.1 * conv.var((0, 1, 2)), rtol=1e-5)
+    # training reads only the batch, evaluation only what is remembered
+    moved = jax.tree.map(lambda v: v + 1, extras)
+    np.testing.assert_array_equal(loss(params, moved, BATCH, KEY, {})[1][1].logits, aux.logits)
+    before = evaluate(params, extras, BATCH, {}).logits
+    assert np.abs(evaluate(params, moved, BATCH, {}).logits - before).max() > 1e-3
+    assert np.abs(aux.logits - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "train"])
+def test_in_evaluation_no_example_depends_on_another(normed: Any, mode: str) -> None:
+    net, params, extras = normed
+
+    def losses_of(x: Any) -> Any:
+        batch = BATCH.replace(x=x)
+        if mode == "train":
+            return net.loss(params, extras, batch, KEY, {})[1][1].loss
+        return net.evaluate(params, extras, batch, {}).loss
+
+    found = np.abs(np.asarray(jit(jax.jacrev(losses_of))(BATCH.x))).max(axis=(2, 3, 4))
+    off = found[~np.eye(6, dtype=bool)]
+    assert (np.diag(found) > 0).all()
+    assert (off == 0).all() if mode == "evaluate" else (off > 0).any()  # the control
+
+
+# ---- tokens -------------------------------------------------------------------------------------
+
+
+def test_the_loss_of_a_sequence_is_the_mean_over_its_labels() -> None:
+    x = GENERATOR.integers(0, 5, (4, 7)).astype(np.int32)
+    y = GENERATOR.integers(0, 5, (4, 7)).astype(np.int32)
+    net = task.classification(Tokens(), (7,), input_dtype=jnp.int32)
+    params, extras = jit(net.init)(KEY)
+    batch = Batch(x=jnp.asarray(x), y=jnp.asarray(y), index=jnp.arange(4))
+    loss, (_, aux) = jit(net.loss)(params, extras, batch, KEY, {})
+    table = np.asarray(params["Embed_0"]["embedding"])
+    wanted = [
+        np.mean([reference.cross_entropy(table[a], b) for a, b in zip(*row, strict=True)])
+        for row in zip(x, y, strict=True)
+    ]
+    assert aux.loss.shape == (4,) and aux.logits.shape == (4, 7, 5)
+    np.testing.assert_allclose(aux.loss, wanted, rtol=1e-5)
+    np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-5)
+    np.testing.assert_allclose(jit(net.evaluate)(params, extras, batch, {}).loss, wanted, rtol=1e-5)
+
+
+def test_of_dataset_reads_the_shape_and_kind_of_the_inputs() -> None:
+    nothing, one = np.zeros(0, np.float32), np.ones((1, 1, 1), np.float32)
+    index = np.arange(6, dtype=np.int32)
+    pictures = Dataset(x=X.astype(np.uint8), y=Y, index=index, mean=one, std=one)
+    text = Dataset(x=np.zeros((6, 7), np.uint8), y=Y, index=index, mean=nothing, std=nothing)
+    shapes = jax.eval_shape(
+        task.of_dataset(models.make(models.MLP(width=3), 3), pictures).init, KEY
+    )
+    assert shapes[0]["dense_0"]["kernel"].shape == (16, 3)
+    jax.eval_shape(task.of_dataset(Tokens(), text).init, KEY)  # an Embed refuses floats
