@@ -8,7 +8,7 @@ else the machine does falls on all of them alike; ``Race.busy`` says how much th
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +160,8 @@ class LapProbe:
 
     def __init__(self, every: int, laps: int, lap: Lap):
         """A list of steps, so that nothing is due at step 0."""
-        self.every = tuple(every * (i + 1) for i in range(laps))
+        self.every: int | Collection[int] = tuple(every * (i + 1) for i in range(laps))
+        self._last = every * laps
         self._lap = lap
 
     def start(self, state: TrainState, each: Any) -> PyTree:
@@ -173,6 +174,6 @@ class LapProbe:
         try:
             self._lap()
         except OverError:
-            if int(state.step[0]) < self.every[-1]:
+            if int(state.step[0]) < self._last:
                 raise
         return carry, {}

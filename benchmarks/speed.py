@@ -1,6 +1,7 @@
 """Steps: ``fit`` and populations beside plain loops."""
 
 import importlib.util
+from collections.abc import Mapping
 
 import jax
 
@@ -85,7 +86,7 @@ def _torch(job: Job, steps: int) -> dict[str, plain.Side]:
 
 
 def _beside_torch(
-    name: str, job: Job, race_: Race, ours: dict[str, tuple[str, float]], steps: int, goal: float
+    name: str, job: Job, race_: Race, ours: Mapping[str, tuple[str, float]], steps: int, goal: float
 ) -> list[Result]:
     rivals = [side for side in race_.seconds if side.startswith("torch")]
     out = []

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dynamics import mesh as meshes
 from dynamics import population, step
-from dynamics.types import Aux, PyTree, StepProbe, Stream, Task, TrainState
+from dynamics.types import Aux, PyTree, Stream, Task, TrainState
 
 CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes on each device
 CHUNK_STEPS = 256  # enough that dispatching a chunk is little beside computing it
@@ -167,48 +167,3 @@ class Chunk:
         fetched += [jax.tree.map(np.zeros_like, fetched[0])] * (self.max_steps - count)
         stacked = jax.tree.map(lambda *xs: np.stack(xs, axis=1), *fetched)
         return jax.device_put(stacked, meshes.over_replicas(self.mesh))
-
-
-class Fold:
-    """A StepProbe over a population, compiled apart from the step it watches."""
-
-    def __init__(self, probe: StepProbe, mesh: Mesh, how: population.How):
-        """Its carry lies with the replica it belongs to."""
-        how = "map" if how == "dispatch" else how
-        start = population.spread(probe.init, mesh, how)
-        self.init = jax.jit(start, out_shardings=meshes.over_replicas(mesh))
-
-        def fold(members: tuple[PyTree, Aux], count: jax.Array) -> Any:
-            carry, aux = members
-            at = lambda i: jax.tree.map(lambda x: x[i], aux)  # noqa: E731
-            body = lambda i, carry: probe.fold(carry, at(i))[0]  # noqa: E731
-            return probe.fold(jax.lax.fori_loop(0, count - 1, body, carry), at(count - 1))
-
-        spread = population.spread(fold, mesh, how)
-
-        def probe_chunk(carry: PyTree, aux: Aux, count: jax.Array) -> Any:
-            return spread((carry, aux), count)
-
-        lies = meshes.over_replicas(mesh)
-        self.run = jax.jit(probe_chunk, donate_argnums=0, out_shardings=(lies, None))
-
-
-def each_replica(mesh: Mesh, how: population.How) -> Callable[..., Any]:
-    """``each(fn)(own, *shared)``: ``fn`` of one replica, compiled once, run for all of them."""
-    compiled: dict[Any, Any] = {}
-    parts = jax.jit(lambda tree: population.split(tree, mesh))
-    join = jax.jit(population.join)
-
-    def each(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        if fn not in compiled:
-            compiled[fn] = jax.jit(population.spread(fn, mesh, how))
-        run = compiled[fn]
-
-        def all_replicas(own: PyTree, *shared: PyTree) -> PyTree:
-            if how != "dispatch":
-                return run(own, *shared)
-            return join([run(part, *shared) for part in parts(own)])
-
-        return all_replicas
-
-    return each

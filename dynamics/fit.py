@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from dynamics import mesh as meshes
 from dynamics import population, step
 from dynamics.checkpoint import Checkpoints
-from dynamics.chunk import IN_FLIGHT, Chunk, Fold, each_replica
+from dynamics.chunk import IN_FLIGHT, Chunk
 from dynamics.record import Recorder
-from dynamics.types import NEVER, Aux, Probe, Results, StepProbe, Stream, Task, TrainState
+from dynamics.types import NEVER, Probe, Results, Stream, Task, TrainState
+from dynamics.watch import Watch, next_due
 
 log = logging.getLogger(__name__)
 
@@ -92,39 +93,43 @@ def fit(
     """
     meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
     _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every)
-    chunk = Chunk(task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate)
-    state = jax.jit(lambda tree: tree, out_shardings=chunk.where)(state)
-    watch, book, done = _Watch(probes, state, chunk), _Book(store, record_every), int(state.step[0])
-    checkpoints = Checkpoints(store.path) if store is not None else None
-    found = checkpoints.restore((state, watch.carries)) if checkpoints is not None else None
-    if found is None:
-        book.resume(0)
-        book.measured(done, watch.measure(state, done, num_steps))
-    else:
-        (state, watch.carries), position = found
-        book.resume(position)
-        done = int(state.step[0])
-    if done > num_steps:
-        raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
-    pace = _Pace(name, done, num_steps, len(state.step), checkpoint_every)
     with _terminated(listen=store is not None) as terminated:
-        while done < num_steps:
+        chunk = Chunk(
+            task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate
+        )
+        state = jax.jit(lambda tree: tree, out_shardings=chunk.where)(state)
+        watch, book = Watch(probes, state, mesh, chunk.how), _Book(store, record_every)
+        checkpoints = Checkpoints(store.path) if store is not None else None
+        found = checkpoints.restore((state, watch.carries)) if checkpoints is not None else None
+        if found is not None:
+            (state, watch.carries), position = found
+        done = int(state.step[0])
+        if done > num_steps:
+            raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
+        book.resume(position if found is not None else 0)
+        saved = done if found is not None else None
+        if found is None:
+            book.measured(done, watch.measure(state, done, num_steps))
+        pace = _Pace(name, done, num_steps, len(state.step), checkpoint_every)
+        while done < num_steps and not terminated.is_set():
             first, done = done, min(watch.next(done), pace.next(done, chunk.max_steps), num_steps)
             state, aux, metrics = chunk.run(state, first, done - first)
             watch.fold(aux, done - first)
             book.trained(first, done, metrics)
             book.measured(done, watch.measure(state, done, num_steps))
             pace.tick(book.fetched, book.loss)
-            if checkpoints is not None and (pace.save(done) or terminated.is_set()):
+            if checkpoints is not None and pace.save(done):
                 checkpoints.save(done, (state, watch.carries), book.settle())
-            if checkpoints is not None and terminated.is_set() and done < num_steps:
-                checkpoints.close()
-                log.warning("%s: stopped by SIGTERM at step %d, saved", name, done)
-                raise SystemExit(0)
-        book.settle()
+                saved = done
+        position = book.settle()
         pace.tick(book.fetched, book.loss)
-    if checkpoints is not None:
-        checkpoints.close()
+        if checkpoints is not None:
+            if saved != done:
+                checkpoints.save(done, (state, watch.carries), position)
+            checkpoints.close()
+        if terminated.is_set():
+            log.warning("%s: stopped by SIGTERM at step %d; it can be continued", name, done)
+            raise SystemExit(0)
     diverged = np.asarray(state.diverged).astype(np.float64)
     book.arrays["diverged"] = np.where(diverged == NEVER, np.inf, diverged)
     return Results(book.columns(), book.arrays, state)
@@ -161,55 +166,6 @@ def _check(
     names = [probe.name for probe in probes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two probes are named {twice[0]!r}: names must differ")
-
-
-class _Watch:
-    """The probes of a run: their carries, their cadences, their metrics."""
-
-    def __init__(self, probes: Sequence[Probe], state: TrainState, chunk: Chunk):
-        self._probes = {probe.name: probe for probe in probes}
-        self._each = each_replica(chunk.mesh, chunk.how)
-        self._folds: dict[str, Fold] = {}
-        self._metrics: dict[str, dict[str, jax.Array]] = {}
-        self.carries: dict[str, Any] = {}
-        for name, probe in self._probes.items():
-            if isinstance(probe, StepProbe):
-                self._folds[name] = Fold(probe, chunk.mesh, chunk.how)
-                self.carries[name] = self._folds[name].init(state)
-            else:
-                self.carries[name] = probe.start(state, self._each)
-
-    def next(self, done: int) -> int:
-        """The first step after ``done`` at which some probe measures."""
-        return min((_next(p.every, done) for p in self._probes.values()), default=NEVER)
-
-    def fold(self, aux: Aux, count: int) -> None:
-        """Show the steps of a chunk to the probes that read them."""
-        for name, fold in self._folds.items():
-            carry, metrics = fold.run(self.carries[name], aux, np.int32(count))
-            self.carries[name], self._metrics[name] = carry, metrics
-
-    def measure(self, state: TrainState, done: int, num_steps: int) -> dict[str, jax.Array]:
-        """The metrics of the probes that are due after ``done`` steps."""
-        found: dict[str, jax.Array] = {}
-        for name, probe in self._probes.items():
-            last = done == num_steps and isinstance(probe.every, int)
-            if not (last or _next(probe.every, done - 1) == done):
-                continue
-            if name in self._folds:
-                metrics = self._metrics.get(name, {})  # nothing folded yet before the first step
-            else:
-                assert not isinstance(probe, StepProbe)
-                self.carries[name], metrics = probe.measure(self.carries[name], state, self._each)
-            found |= {f"{name}.{metric}": value for metric, value in metrics.items()}
-        return found
-
-
-def _next(every: int | Collection[int], done: int) -> int:
-    """The first due step after ``done``."""
-    if isinstance(every, int):
-        return (done // every + 1) * every
-    return min((s for s in every if s > done), default=NEVER)
 
 
 class _Book:
@@ -313,7 +269,7 @@ class _Pace:
     def next(self, done: int, max_steps: int) -> int:
         """Where the next chunk should end."""
         end = done + min(self._chunk, max_steps)
-        return end if self._every is None else min(end, _next(self._every, done))
+        return end if self._every is None else min(end, next_due(self._every, done))
 
     def tick(self, fetched: int, loss: float) -> None:
         """So many steps are known to be computed: adapt the chunks, report."""
@@ -355,7 +311,6 @@ class _Pace:
             due = now - self._saved > CHECKPOINT_SECONDS
         else:
             due = done % self._every == 0
-        due = due or done == self._num_steps
         self._saved = now if due else self._saved
         return due
 

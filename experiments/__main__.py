@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import logging
 import pkgutil
 import runpy
 import sys
@@ -182,7 +181,6 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
                 data = module.load(group[0], where.data_folder)
                 module.sweep(group, data, mesh, store=where.runs)
         except (ValueError, DataError, RecordError, CheckpointError) as error:
-            logging.getLogger("dynamics").debug("refused", exc_info=where.verbose)
             if where.verbose:
                 raise
             print(f"error: {error}", file=sys.stderr)

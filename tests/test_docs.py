@@ -20,5 +20,6 @@ def test_the_blocks_of_a_page_run(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_the_files_a_page_names_exist(page: Path) -> None:
-    named = re.findall(r"\b(?:dynamics|experiments|configs|tests|benchmarks)/[\w/.]+\.py\b", page.read_text())
+    pattern = r"\b(?:dynamics|experiments|configs|tests|benchmarks)/[\w/.]+\.py\b"
+    named = re.findall(pattern, page.read_text())
     assert [name for name in named if not (ROOT / name).exists()] == []
