@@ -11,14 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(len(os.sched_getaffinity(0))))
-os.environ.setdefault("DYNAMICS_CACHE", "off")  # compile times are measured, too
+import jax
 
-import jax  # noqa: E402
-
-from benchmarks import costs, speed  # noqa: E402
-from benchmarks.measure import Result  # noqa: E402
-from dynamics import mesh, record  # noqa: E402
+from benchmarks import costs, speed
+from benchmarks.measure import Result
+from dynamics import mesh, record
 
 BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "fit_mnist": speed.fit_mnist,
@@ -45,6 +42,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [name for name in options.names if name not in BENCHMARKS]:
         parser.error(f"no benchmark {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    if not options.quick:
+        os.environ.setdefault("DYNAMICS_CACHE", "off")  # the time to compile is measured, too
     mesh.start()
     results: list[Result] = []
     for name in options.names or BENCHMARKS:
@@ -97,7 +96,8 @@ def _cells(r: Result) -> tuple[str, ...]:
     first = "" if r.compiled is None else "{:.1f} / {:.1f} s".format(*r.compiled)
     busy = "" if r.busy != r.busy else f"{r.busy:.1f}"
     met = {None: "", True: "yes", False: "NO"}[r.met]
-    values = (f"{r.ours:.4g} {r.unit}", f"{r.theirs:.4g} {r.unit}", f"{r.ratio:.3g}{spread}")
+    ours, theirs = (f"{x:.0f}" if x >= 1000 else f"{x:.3g}" for x in (r.ours, r.theirs))
+    values = (f"{ours} {r.unit}", f"{theirs} {r.unit}", f"{r.ratio:.3g}{spread}")
     return (r.name, r.what, *values, goal, met, first, busy, r.note)
 
 

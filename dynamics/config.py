@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -31,10 +32,12 @@ class Range:
         return self.low <= value <= self.high and self.above < value < self.below
 
     def __str__(self) -> str:
-        low = f"> {self.above:g}" if self.above > -math.inf else f">= {self.low:g}"
-        high = f"< {self.below:g}" if self.below < math.inf else f"<= {self.high:g}"
-        parts = [low] if "inf" not in low else []
-        return " and ".join(parts + ([high] if "inf" not in high else []))
+        limits = {">": self.above, ">=": self.low, "<": self.below, "<=": self.high}
+        told = {sign: limit for sign, limit in limits.items() if math.isfinite(limit)}
+        return " and ".join(
+            f"{sign} {int(limit) if float(limit).is_integer() else limit}"
+            for sign, limit in told.items()
+        )
 
 
 class Replica:
@@ -56,7 +59,9 @@ def frozen(cls: type[T]) -> type[T]:
     ``__post_init__``, which sees values of the declared types (an int given for a float is a
     float by then, so that equal configs have equal fingerprints).
     """
-    own = cls.__dict__.get("__post_init__")
+    own = getattr(cls, "__post_init__", None)  # the class's or its parent's
+    if "kind" in cls.__annotations__:
+        raise TypeError(f"{cls.__name__} may not have a field 'kind': it names the class in JSON")
 
     def __post_init__(self: Any) -> None:
         hints = typing.get_type_hints(type(self), include_extras=True)
@@ -83,24 +88,28 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
                 raise ValueError(f"{name} must be {mark}, got {value!r}")
         return value
     if origin is Literal:
-        if value not in args:
+        if not any(value == arg and type(value) is type(arg) for arg in args):
             near = difflib.get_close_matches(str(value), [str(a) for a in args], 1)
             hint_text = f" (perhaps {near[0]!r})" if near else ""
             raise ValueError(f"{name} must be one of {list(args)}, got {value!r}{hint_text}")
         return value
     if origin in (Union, types.UnionType):
-        for arg in args:
+        if int in args and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1.0 and 1 are equal, so they must have one name
+        errors: list[ValueError] = []
+        for arg in sorted(args, key=lambda arg: arg is not type(value)):
             try:
                 return _checked(name, value, arg)
-            except _WrongType:
-                continue
-        raise _WrongType(name, value, hint)
+            except ValueError as error:
+                errors.append(error)
+        bad = [error for error in errors if not isinstance(error, _WrongType)]
+        raise bad[0] if bad else _WrongType(name, value, hint)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise _WrongType(name, value, hint)
         return tuple(_checked(f"{name}[{i}]", v, args[0]) for i, v in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(value) if abs(value) <= sys.float_info.max else math.inf
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise _WrongType(name, value, hint)
     if isinstance(value, float) and not math.isfinite(value):
@@ -133,27 +142,37 @@ def to_json(config: Any) -> str:
 
 
 def from_json(cls: Any, text: str) -> Any:
-    """The config that ``to_json`` wrote; ValueError for unknown or missing kinds and fields."""
-    return _from_dict(cls, json.loads(text))
+    """The config that ``to_json`` wrote; ValueError for anything else."""
+    return _from_dict(cls, json.loads(text), getattr(cls, "__name__", str(cls)))
 
 
-def _from_dict(hint: Any, value: Any) -> Any:
+def _from_dict(hint: Any, value: Any, name: str) -> Any:
+    """Dicts to the config class their ``kind`` names, lists to tuples."""
+    args = typing.get_args(hint)
     if typing.get_origin(hint) is Annotated:
-        hint = typing.get_args(hint)[0]
+        return _from_dict(args[0], value, name)
+    members = args if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if isinstance(value, list):
-        return tuple(_from_dict(typing.get_args(hint)[0], v) for v in value)
+        inner = [typing.get_args(m)[0] for m in members if typing.get_origin(m) is tuple]
+        if not inner:
+            raise _WrongType(name, value, hint)
+        return tuple(_from_dict(inner[0], v, f"{name}[{i}]") for i, v in enumerate(value))
+    kinds = {c.__name__: c for c in members if dataclasses.is_dataclass(c)}
     if not isinstance(value, dict):
+        if kinds and len(kinds) == len(members):
+            raise _WrongType(name, value, hint)
         return value
-    kinds = {c.__name__: c for c in (typing.get_args(hint) or (hint,)) if isinstance(c, type)}
     fields = dict(value)
     kind = fields.pop("kind", None)
     if kind not in kinds:
-        raise ValueError(f"kind must be one of {sorted(kinds)}, got {kind!r}")
-    cls = kinds[kind]
+        raise ValueError(f"kind of {name} must be one of {sorted(kinds)}, got {kind!r}")
+    cls: Any = kinds[kind]
     hints = typing.get_type_hints(cls, include_extras=True)
     if unknown := sorted(fields.keys() - hints.keys()):
         raise ValueError(f"{kind} has no field {unknown[0]!r}{_perhaps(unknown[0], hints)}")
-    return cls(**{name: _from_dict(hints[name], v) for name, v in fields.items()})
+    if missing := sorted(hints.keys() - fields.keys()):
+        raise ValueError(f"{kind} needs the field {missing[0]!r}, which is missing")
+    return cls(**{n: _from_dict(hints[n], v, f"{kind}.{n}") for n, v in fields.items()})
 
 
 def fingerprint(config: Any) -> str:
@@ -176,27 +195,35 @@ def override(config: T, values: Mapping[str, Any]) -> T:
     Where a field takes one of several classes, the name of one stands for it with its defaults:
     ``{"model": "convnet"}``.
     """
+    return _replace(config, dict(values), "")
+
+
+def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    """All at once, so that fields that must fit together may change together."""
+    here = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
+    names = {field.name for field in here}
+    changed: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
-        config = _replace(config, name, name.split("."), value)
-    return config
-
-
-def _replace(config: Any, name: str, path: list[str], value: Any) -> Any:
-    fields = (
-        {f.name for f in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else {}
-    )
-    if path[0] not in fields:
-        raise ValueError(
-            f"{type(config).__name__} has no field {path[0]!r} (in {name!r})"
-            f"{_perhaps(path[0], fields)}"
-        )
-    inner: Any = getattr(config, path[0])
-    if len(path) > 1:
-        value = _replace(inner, name, path[1:], value)
-    elif isinstance(value, str):
-        kinds = choices(config).get(path[0], {})
-        value = kinds[value.lower()]() if value.lower() in kinds else value
-    return dataclasses.replace(config, **{path[0]: value})  # pyright: ignore[reportArgumentType]
+        head, dot, rest = name.partition(".")
+        if head not in names:
+            raise ValueError(
+                f"{type(config).__name__} has no field {head!r} (in {prefix + name!r})"
+                f"{_perhaps(head, names)}"
+            )
+        if dot:
+            nested.setdefault(head, {})[rest] = value
+            continue
+        kinds = choices(config).get(head, {}) if isinstance(value, str) else {}
+        changed[head] = kinds[value.lower()]() if kinds and value.lower() in kinds else value
+    for head, inner in nested.items():
+        part = changed.get(head, getattr(config, head))
+        if not dataclasses.is_dataclass(part):
+            raise ValueError(
+                f"{prefix}{head} has no fields, got {prefix + head}.{next(iter(inner))}"
+            )
+        changed[head] = _replace(part, inner, f"{prefix}{head}.")
+    return dataclasses.replace(config, **changed)
 
 
 def choices(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
@@ -216,7 +243,9 @@ def choices(config: Any, prefix: str = "") -> dict[str, dict[str, type]]:
 
 def _perhaps(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(names), 1)
-    return f"; perhaps {near[0]!r}" if near else f"; it has {', '.join(sorted(names))}"
+    if near:
+        return f"; perhaps {near[0]!r}"
+    return f"; it has {', '.join(sorted(names)) or 'no fields'}"
 
 
 def grid(config: T, values: Mapping[str, Iterable[Any]]) -> tuple[T, ...]:

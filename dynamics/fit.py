@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -93,13 +93,14 @@ def fit(
     """
     meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
     _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every)
-    with _terminated(listen=store is not None) as terminated:
+    checkpoints = Checkpoints(store.path) if store is not None else None
+    saving = nullcontext() if checkpoints is None else closing(checkpoints)  # whatever happens
+    with saving, _terminated(listen=store is not None) as terminated:
         chunk = Chunk(
             task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate
         )
         state = jax.jit(lambda tree: tree, out_shardings=chunk.where)(state)
         watch, book = Watch(probes, state, mesh, chunk.how), _Book(store, record_every)
-        checkpoints = Checkpoints(store.path) if store is not None else None
         found = checkpoints.restore((state, watch.carries)) if checkpoints is not None else None
         if found is not None:
             (state, watch.carries), position = found
@@ -123,10 +124,9 @@ def fit(
                 saved = done
         position = book.settle()
         pace.tick(book.fetched, book.loss)
-        if checkpoints is not None:
-            if saved != done:
-                checkpoints.save(done, (state, watch.carries), position)
-            checkpoints.close()
+        if checkpoints is not None and saved != done:
+            checkpoints.save(done, (state, watch.carries), position)
+            checkpoints.wait()
         if terminated.is_set():
             log.warning("%s: stopped by SIGTERM at step %d; it can be continued", name, done)
             raise SystemExit(0)

@@ -8,9 +8,32 @@ from jaxtyping import Array, Bool, Float, Int
 def cross_entropy(
     logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]
 ) -> Float[Array, "*b"]:
-    """``-log softmax(logits)[label]`` in nats."""
-    chosen = jnp.sum(jnp.where(at_label(logits, labels), logits, 0), axis=-1)
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    """``-log softmax(logits)[label]`` in nats, as log(1 + sum_{k != label} exp(z_k - z_label)).
+
+    In that form an example the network is sure of keeps its digits, in the loss and in the
+    gradient, where logsumexp(z) - z_label would round them away.
+    """
+    return jax.nn.softplus(log_odds_against(logits, labels))
+
+
+def log_odds_against(
+    logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]
+) -> Float[Array, "*b"]:
+    """``log((1 - p) / p)`` of the label's probability p."""
+    return jax.nn.logsumexp(margins_of_others(logits, labels), axis=-1)
+
+
+def margins_of_others(
+    logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]
+) -> Float[Array, "*b classes"]:
+    """``z_k - z_label`` for the other classes; a number whose exponential is 0 at the label and at
+    classes that a logit of -inf excludes. An infinite label logit gives NaN: it is a broken net's.
+    """
+    here = at_label(logits, labels)
+    chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1, keepdims=True)
+    chosen = jnp.where(chosen == jnp.inf, jnp.nan, chosen)
+    excluded = here | (logits == -jnp.inf)
+    return jnp.where(excluded, jnp.finfo(logits.dtype).min / 2, logits - chosen)
 
 
 def squared_error(

@@ -100,12 +100,15 @@ def test_text_and_back(config):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{"kind": "Dense", "widht": 3}', ["Dense", "'widht'", "perhaps 'width'"]),
+        (
+            '{"kind": "Dense", "width": 3, "scale": 1.0, "widht": 3}',
+            ["Dense", "'widht'", "perhaps 'width'"],
+        ),
         ('{"kind": "Flat"}', ["kind", "Dense", "'Flat'"]),
         ('{"width": 3}', ["kind", "Dense", "None"]),
-        ('{"kind": "Dense", "width": 0}', ["Dense.width", ">= 1", "0"]),
-        ('{"kind": "Dense", "width": 2.5}', ["Dense.width", "int", "2.5"]),
-        ('{"kind": "Dense", "scale": NaN}', ["Dense.scale", "finite"]),
+        ('{"kind": "Dense", "width": 0, "scale": 1.0}', ["Dense.width", ">= 1", "0"]),
+        ('{"kind": "Dense", "width": 2.5, "scale": 1.0}', ["Dense.width", "int", "2.5"]),
+        ('{"kind": "Dense", "width": 1, "scale": NaN}', ["Dense.scale", "finite"]),
         ("{", []),
     ],
 )
@@ -126,8 +129,9 @@ class Needs:
         (Dense, "3"),
         (Dense, "[]"),
         (Dense, "null"),
-        (Dense, '{"kind": "Dense", "width": [1]}'),
-        (Dense, '{"kind": "Dense", "width": {"kind": "int"}}'),
+        (Dense, '{"kind": "Dense", "scale": 1.0, "width": [1]}'),
+        (Dense, '{"kind": "Dense", "scale": 1.0, "width": {"kind": "int"}}'),
+        (Dense, '{"kind": "Dense", "width": 3}'),
         (Needs, '{"kind": "Needs"}'),
     ],
 )

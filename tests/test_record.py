@@ -384,6 +384,17 @@ def test_half_a_run_on_other_data_is_not_continued(tmp_path: Path, points: Any) 
     completed(tmp_path, points, Compute(), ABOUT)
 
 
+def test_a_group_that_never_began_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its config was written; then other points are asked for."""
+    with monkeypatch.context() as patch:
+        killing(patch, 0)
+        with pytest.raises(Killed):
+            completed(tmp_path, POINTS, Compute(), ABOUT)
+    assert len(completed(tmp_path, POINTS[:2], Compute(), ABOUT)) == 2
+
+
 def test_points_stored_before_the_end_are_not_computed_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

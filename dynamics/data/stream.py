@@ -50,7 +50,7 @@ def resident(
     *,
     rows: Int[np.ndarray, "k m"] | None = None,
     sizes: Int[np.ndarray, "k"] | None = None,
-    labels: Int[np.ndarray, "k n"] | None = None,
+    labels: Int[np.ndarray, "k n ..."] | None = None,
     augment: Augment | None = None,
 ) -> Stream:
     """A stream from data that lies on the device as stored and is normalised in the step.
@@ -78,7 +78,7 @@ def streamed(
     *,
     rows: Int[np.ndarray, "k m"] | None = None,
     sizes: Int[np.ndarray, "k"] | None = None,
-    labels: Int[np.ndarray, "k n"] | None = None,
+    labels: Int[np.ndarray, "k n ..."] | None = None,
     augment: Augment | None = None,
     num_threads: int = 4,
 ) -> Stream:
@@ -92,11 +92,11 @@ def streamed(
     own = _own(data, batch_size, len(keys), rows, sizes, labels)
     host_own = jax.tree.map(np.asarray, own)
     cpu = jax.local_devices(backend="cpu")[0]
-    host_keys = jax.device_put(jax.random.key_data(keys), cpu)
+    host_keys, impl = jax.device_put(jax.random.key_data(keys), cpu), jax.random.key_impl(keys)
 
     @jax.jit
     def positions(data: jax.Array, size: jax.Array, step: jax.Array) -> jax.Array:
-        keys = jax.random.wrap_key_data(data)
+        keys = jax.random.wrap_key_data(data, impl=impl)
         return jax.vmap(lambda k, n: batch_rows(k, step, n, batch_size))(keys, size)
 
     def fetch(step: int) -> PyTree:
@@ -106,7 +106,7 @@ def streamed(
             where = np.take_along_axis(host_own["rows"], where, axis=1)
         y = data.y[where]
         if "labels" in host_own:
-            y = np.take_along_axis(host_own["labels"], where, axis=1)
+            y = np.stack([y[w] for y, w in zip(host_own["labels"], where, strict=True)])
         return {"x": data.x[where], "y": y.astype(np.int32), "rows": where}
 
     def host(first: int) -> Iterator[PyTree]:
@@ -145,6 +145,8 @@ def _own(
     elif sizes is None:
         sizes = np.full(k, rows.shape[1])
     own = {"size": np.asarray(sizes, np.int32)}
+    if own["size"].shape != (k,) or own["size"].min() < 1:
+        raise ValueError(f"sizes must be {k} positive numbers, one a replica, got {sizes}")
     if rows is not None:
         if rows.shape[0] != k:
             raise ValueError(f"rows must have one row for each of {k} replicas, got {rows.shape}")
@@ -158,8 +160,8 @@ def _own(
     elif own["size"].max() > n:
         raise ValueError(f"sizes must be at most {n} examples, got {own['size'].max()}")
     if labels is not None:
-        if labels.shape != (k, n):
-            raise ValueError(f"labels must have shape {(k, n)}, got {labels.shape}")
+        if labels.shape != (k, *data.y.shape):
+            raise ValueError(f"labels must have shape {(k, *data.y.shape)}, got {labels.shape}")
         own["labels"] = np.asarray(labels, np.int32)
     if not 1 <= batch_size <= own["size"].min():
         raise ValueError(

@@ -48,6 +48,11 @@ class Train:
     augment: Literal["none", "crop_flip"] = "none"
     """crop_flip: reflect-pad 4 pixels, random crop, horizontal flip, per image"""
 
+    def __post_init__(self) -> None:
+        for name in ("momentum", "second_moment"):
+            if self.rule == "adam" and getattr(self, name) == 1:
+                raise ValueError(f"Train.{name} must be < 1 for adam, which divides by 1 - it^t")
+
 
 def hyperparameters(train: Train) -> dict[str, float]:
     """The scalars that the optimizer of ``make`` reads from the state."""

@@ -28,10 +28,15 @@ def over_examples(
     """``score(task, state, batch)`` of every example: f32[N, ...] in dataset order.
 
     With ``each`` (what ``fit`` hands to a StateProbe) the state is a population's, every replica
-    may have its own ``labels``, and the result is [K, N, ...]. Batches go to the device one by one
-    as stored; the result does not depend on ``batch_size`` but for rounding.
+    may have its own ``labels`` (else ValueError), and the result is [K, N, ...]. Batches go to the
+    device one by one as stored; the result depends on ``batch_size`` by rounding only.
     """
     n = len(data)
+    if labels is not None and (each is None or labels.shape[:2] != (len(state.step), n)):
+        raise ValueError(
+            f"labels must be one row of {n} for each replica of a population, got {labels.shape}; "
+            "for one state, give data with other labels"
+        )
     size = min(batch_size, n)
     fn = _bound(score, task)
     y = np.asarray(data.y) if labels is None else labels

@@ -21,5 +21,8 @@ def grand(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
         return task.evaluate(params, state.extras, alone, state.hyperparameters).loss[0]
 
     gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(state.params, batch)
-    squares = [jnp.sum(g**2, axis=tuple(range(1, g.ndim))) for g in jax.tree.leaves(gradients)]
-    return jnp.sqrt(jnp.stack(squares).sum(axis=0))
+    rows = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(gradients)]
+    largest = jnp.stack([jnp.abs(row).max(axis=1) for row in rows]).max(axis=0)
+    unit = jnp.where(largest > 0, largest, 1)  # squares of small gradients would underflow
+    squares = [jnp.sum((row / unit[:, None]) ** 2, axis=1) for row in rows]
+    return unit * jnp.sqrt(jnp.stack(squares).sum(axis=0))

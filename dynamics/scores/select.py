@@ -19,6 +19,8 @@ def keep(
     by class. ValueError: NaN scores, or a count outside 1..n.
     """
     n = len(scores)
+    if which not in ("highest", "lowest"):
+        raise ValueError(f"which must be 'highest' or 'lowest', got {which!r}")
     if not 1 <= count <= n:
         raise ValueError(f"count must be in 1..{n}, got {count}")
     if np.isnan(scores).any():

@@ -42,14 +42,18 @@ SIZES = np.array([12, 4, 7])
 LABELS = GENERATOR.integers(0, 10, (3, N))
 
 
+# small programs spend their time in the compiler
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @functools.cache
-def compiled(batch: Any) -> Any:
-    return jax.jit(jax.vmap(batch, (None, 0, 0, 0, None)))
+def compiled(batch: Any, jit: Any) -> Any:
+    return jit(jax.vmap(batch, (None, 0, 0, 0, None)))
 
 
-def batches(made: Any, first: int, count: int, keys: Any = KEYS) -> Any:
+def batches(made: Any, first: int, count: int, keys: Any = KEYS, jit: Any = quick) -> Any:
     """The batches of the steps first, first + 1, ..., leaves [count, K, b, ...]."""
-    run = compiled(made.batch)
+    run = compiled(made.batch, jit)
     fed = made.host(first) if made.host is not None else itertools.repeat(())
     steps = range(first, first + count)
     # the host gives leaves [K, ...]
@@ -83,7 +87,7 @@ def test_batches_are_rows_of_the_file(plain: Any) -> None:
 
 
 def test_batches_follow_the_order_of_each_replicas_key(plain: Any) -> None:
-    run = jax.jit(jax.vmap(lambda k, t: batch_rows(k, t, jnp.int32(N), B), (0, None)))
+    run = quick(jax.vmap(lambda k, t: batch_rows(k, t, jnp.int32(N), B), (0, None)))
     for t in range(12):
         np.testing.assert_array_equal(plain.index[t], run(KEYS, jnp.int32(t)))
     assert len({tuple(plain.index[:5, s].ravel()) for s in range(3)}) == 3
@@ -148,10 +152,8 @@ def test_take_and_normalise() -> None:
 # ---- from the host ------------------------------------------------------------------------------
 
 OPTIONS = {
-    "all": {},
-    "subsets": {"rows": SUBSETS, "sizes": SIZES, "labels": LABELS},
-    "labels": {"labels": LABELS},
-    "augmented": {"augment": crop_and_flip(2)},
+    "plain": {},
+    "all": {"rows": SUBSETS, "sizes": SIZES, "labels": LABELS, "augment": crop_and_flip(2)},
 }
 
 
@@ -159,7 +161,8 @@ OPTIONS = {
 def test_host_and_device_give_the_same_bits(options: Any) -> None:
     device, host = resident(IMAGES, B, 3, **options), streamed(IMAGES, B, KEYS, **options)
     for first in (0, 7):
-        assert_same(batches(device, first, 4), batches(host, first, 4))
+        a, b = (batches(made, first, 4, jit=jax.jit) for made in (device, host))
+        assert_same(a, b)
 
 
 def test_host_and_device_give_the_same_tokens() -> None:
@@ -205,14 +208,14 @@ def test_where_the_data_go_is_a_matter_of_size(monkeypatch: pytest.MonkeyPatch) 
 
 def test_augmentation_has_its_own_key_for_every_step(plain: Any) -> None:
     def noise(key: Any, x: Any) -> Any:
-        return x + jax.random.normal(key, x.shape)
+        return x + jax.random.uniform(key)
 
     found = batches(resident(IMAGES, B, 3, augment=noise), 0, 3)
     np.testing.assert_array_equal(found.index, plain.index[:3])
     np.testing.assert_array_equal(found.y, plain.y[:3])
     for t, s in itertools.product(range(3), range(3)):
         key = jax.random.fold_in(jax.random.fold_in(KEYS[s], AUGMENT), t)
-        wanted = plain.x[t, s] + np.asarray(jax.random.normal(key, plain.x[t, s].shape))
+        wanted = plain.x[t, s] + np.asarray(jax.random.uniform(key))
         np.testing.assert_allclose(found.x[t, s], wanted, rtol=1e-5, atol=1e-6)
 
 
@@ -233,8 +236,8 @@ REFUSED = {
     "larger than rows": (dict(rows=SUBSETS, sizes=np.array([13, 4, 4])), ["replica 0", "13"]),
     "larger than data": (dict(sizes=np.array([4, N + 1, 4])), ["sizes", str(N), str(N + 1)]),
     "empty": (dict(rows=SUBSETS, sizes=np.array([4, 0, 4])), ["0"]),
-    "fewer sizes": (dict(sizes=np.array([4, 4])), ["sizes", "3", "2"]),
-    "fewer sizes of rows": (dict(rows=SUBSETS, sizes=np.array([4, 4])), ["sizes", "3", "2"]),
+    "fewer sizes": (dict(sizes=np.array([4, 4])), ["sizes", "3"]),
+    "fewer sizes of rows": (dict(rows=SUBSETS, sizes=np.array([4, 4])), ["sizes", "3"]),
     "labels": (dict(labels=LABELS[:, 1:]), ["labels", f"(3, {N})", f"(3, {N - 1})"]),
     "labels of tokens": (dict(data=TOKENS, labels=LABELS), ["labels"]),
 }

@@ -16,6 +16,8 @@ from dynamics.scores import el2n, grand, over_examples
 from dynamics.types import Batch, Dataset
 
 K, N = 4, 21
+# tiny nets spend their time in the compiler
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SCORES = {"el2n": el2n, "grand": grand}
 each_score = pytest.mark.parametrize("name", SCORES)
 GENERATOR = np.random.default_rng(0)
@@ -35,11 +37,15 @@ CONFIGS = {
 }
 
 
+def start(net: Any, key: Any) -> Any:
+    return jit(lambda key: step.init(net, optim.make(optim.Train(), 1), key, {}))(key)
+
+
 @functools.cache
 def made(name: str) -> Any:
     """A task and a state whose biases and batch statistics are not at their start."""
     net = task.of_dataset(models.make(CONFIGS[name], K), DATA)
-    state = step.init(net, optim.make(optim.Train(), 1), jax.random.key(4), {})
+    state = start(net, jax.random.key(4))
     if name != "zero head":
         moved = lambda p: p + 0.3 if p.ndim == 1 else p  # noqa: E731
         state = state.replace(
@@ -50,7 +56,7 @@ def made(name: str) -> Any:
 
 @functools.cache
 def compiled(name: str, net: Any) -> Any:
-    return jax.jit(functools.partial(SCORES[name], net))
+    return jit(functools.partial(SCORES[name], net))
 
 
 def score(name: str, net: str, batch: Batch = BATCH) -> np.ndarray:
@@ -60,7 +66,7 @@ def score(name: str, net: str, batch: Batch = BATCH) -> np.ndarray:
 
 def logits(net: str) -> np.ndarray:
     found, state = made(net)
-    return np.asarray(jax.jit(found.evaluate)(state.params, state.extras, BATCH, {}).logits)
+    return np.asarray(jit(found.evaluate)(state.params, state.extras, BATCH, {}).logits)
 
 
 # ---- closed forms -------------------------------------------------------------------------------
@@ -105,11 +111,12 @@ def test_el2n_of_two_classes() -> None:
     """EL2N = sqrt 2 (1 - p_y)."""
     two = Batch(x=BATCH.x, y=BATCH.y % 2, index=BATCH.index)
     net = task.of_dataset(models.make(models.Linear(), 2), DATA)
-    state = step.init(net, optim.make(optim.Train(), 1), jax.random.key(0), {})
-    z = np.asarray(net.evaluate(state.params, {}, two, {}).logits, np.float64)
+    state = start(net, jax.random.key(0))
+    z = np.asarray(jit(net.evaluate)(state.params, {}, two, {}).logits, np.float64)
     y = np.asarray(two.y)
     gap = z[np.arange(N), y] - z[np.arange(N), 1 - y]
-    np.testing.assert_allclose(el2n(net, state, two), np.sqrt(2) / (1 + np.exp(gap)), rtol=1e-5)
+    found = compiled("el2n", net)(state, two)
+    np.testing.assert_allclose(found, np.sqrt(2) / (1 + np.exp(gap)), rtol=1e-5)
 
 
 # ---- slow references ----------------------------------------------------------------------------
@@ -131,7 +138,7 @@ def test_gradients_average_to_that_of_the_batch(net: str) -> None:
         return found.evaluate(params, state.extras, BATCH, {}).loss.mean()
 
     whole = np.concatenate(
-        [np.ravel(g) for g in jax.tree.leaves(jax.jit(jax.grad(loss))(state.params))]
+        [np.ravel(g) for g in jax.tree.leaves(jit(jax.grad(loss))(state.params))]
     )
     np.testing.assert_allclose(each.mean(axis=0), whole, rtol=1e-5, atol=1e-6)
     assert np.linalg.norm(whole) <= score("grand", net).mean()
@@ -211,23 +218,22 @@ def test_easy_examples_keep_their_digits(name: str, gap: float) -> None:
 
 def each(fn: Any) -> Any:
     """Of ``fit``, in miniature."""
-    return jax.jit(lambda own, *shared: jax.vmap(lambda one: fn(one, *shared))(own))
+    return jit(lambda own, *shared: jax.vmap(lambda one: fn(one, *shared))(own))
 
 
 @each_score
 def test_a_population_is_each_of_its_replicas(name: str) -> None:
     net = made("mlp")[0]
-    optimizer, keys = optim.make(optim.Train(), 1), jax.random.split(jax.random.key(0), 3)
-    states = jax.vmap(lambda key: step.init(net, optimizer, key, {}))(keys)
+    replicas = [start(net, jax.random.key(s)) for s in range(3)]
+    states = jax.tree.map(lambda *xs: jnp.stack(xs), *replicas)
     labels = GENERATOR.integers(0, K, (3, N)).astype(np.int32)
     run = functools.partial(over_examples, SCORES[name], net)
     shared = np.asarray(run(states, DATA, each=each, batch_size=8))
     own = np.asarray(run(states, DATA, labels=labels, each=each, batch_size=8))
     assert shared.shape == own.shape == (3, N)
     for s in range(3):
-        state = jax.tree.map(lambda x, s=s: x[s], states)
-        np.testing.assert_allclose(shared[s], run(state, DATA), rtol=1e-5)
-        np.testing.assert_allclose(own[s], run(state, DATA.replace(y=labels[s])), rtol=1e-5)
+        np.testing.assert_allclose(shared[s], run(replicas[s], DATA), rtol=1e-5)
+        np.testing.assert_allclose(own[s], run(replicas[s], DATA.replace(y=labels[s])), rtol=1e-5)
 
 
 def test_a_score_is_traced_once_for_all_states_and_batches() -> None:
