@@ -157,7 +157,7 @@ def _from_dict(hint: Any, value: Any, name: str) -> Any:
         if not inner:
             raise _WrongType(name, value, hint)
         return tuple(_from_dict(inner[0], v, f"{name}[{i}]") for i, v in enumerate(value))
-    kinds = {c.__name__: c for c in members if dataclasses.is_dataclass(c)}
+    kinds = {c.__name__: c for c in members if hasattr(c, "__dataclass_fields__")}
     if not isinstance(value, dict):
         if kinds and len(kinds) == len(members):
             raise _WrongType(name, value, hint)
@@ -200,8 +200,7 @@ def override(config: T, values: Mapping[str, Any]) -> T:
 
 def _replace(config: Any, values: Mapping[str, Any], prefix: str) -> Any:
     """All at once, so that fields that must fit together may change together."""
-    here = dataclasses.fields(config) if dataclasses.is_dataclass(config) else ()
-    names = {field.name for field in here}
+    names = {field.name for field in dataclasses.fields(config)}
     changed: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for name, value in values.items():

@@ -107,7 +107,7 @@ def fit(
         done = int(state.step[0])
         if done > num_steps:
             raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
-        book.resume(position if found is not None else 0)
+        book.resume(position if found is not None else None)
         saved = done if found is not None else None
         if found is None:
             book.measured(done, watch.measure(state, done, num_steps))
@@ -179,14 +179,15 @@ class _Book:
         self.arrays: dict[str, np.ndarray] = {}
         self.fetched, self.loss = 0, float("nan")  # how far the fetched losses go, and the last
 
-    def resume(self, position: int) -> None:
-        """Take up the rows and arrays of a checkpoint."""
+    def resume(self, position: int | None) -> None:
+        """Take up the rows and arrays of a checkpoint; None: there is none, start afresh."""
         if self._store is None:
             return
-        rows = self._store.rewind(position)
+        rows = self._store.rewind(position or 0)
         names = dict.fromkeys(name for row in rows for name in row)
         if rows:
             self._rows = [{n: np.array([r.get(n, np.nan) for r in rows]) for n in names}]
+        if position is not None:
             self.arrays = self._store.arrays()
 
     def trained(self, first: int, last: int, metrics: dict[str, jax.Array]) -> None:

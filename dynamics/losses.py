@@ -20,20 +20,18 @@ def log_odds_against(
     logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]
 ) -> Float[Array, "*b"]:
     """``log((1 - p) / p)`` of the label's probability p."""
-    return jax.nn.logsumexp(margins_of_others(logits, labels), axis=-1)
+    here = at_label(logits, labels)
+    shifted = logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    chosen = jnp.sum(jnp.where(here, shifted, 0), axis=-1)
+    return jax.nn.logsumexp(without_label(shifted, labels), axis=-1) - chosen
 
 
-def margins_of_others(
+def without_label(
     logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]
 ) -> Float[Array, "*b classes"]:
-    """``z_k - z_label`` for the other classes; a number whose exponential is 0 at the label and at
-    classes that a logit of -inf excludes. An infinite label logit gives NaN: it is a broken net's.
-    """
-    here = at_label(logits, labels)
-    chosen = jnp.sum(jnp.where(here, logits, 0), axis=-1, keepdims=True)
-    chosen = jnp.where(chosen == jnp.inf, jnp.nan, chosen)
-    excluded = here | (logits == -jnp.inf)
-    return jnp.where(excluded, jnp.finfo(logits.dtype).min / 2, logits - chosen)
+    """The logits, with the least finite number at the label and instead of -inf."""
+    low = jnp.finfo(logits.dtype).min
+    return jnp.where(at_label(logits, labels), low, jnp.maximum(logits, low))
 
 
 def squared_error(

@@ -146,7 +146,13 @@ def _remove_finished_groups(folder: Path) -> None:
 
 
 def _table(run: Run) -> Table:
-    return Table({name: run.rows[name].to_numpy() for name in run.rows.columns}, run.arrays)
+    """The table as it was given to be stored: numpy strings, columns that can be written to."""
+
+    def column(values: pl.Series) -> np.ndarray:
+        text = values.dtype == pl.String
+        return np.array(values.to_list()) if text else values.to_numpy().copy()
+
+    return Table({name: column(run.rows[name]) for name in run.rows.columns}, run.arrays)
 
 
 def _same_data(home: Path, about: Mapping[str, Any]) -> None:
@@ -291,9 +297,13 @@ def _live_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows to columns; a row without a column has NaN there."""
+    """Rows to columns; a row without a column has NaN there, or "" in a column of strings."""
     names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, float("nan")) for row in rows]) for name in names}
+    strings = {name for row in rows for name, value in row.items() if isinstance(value, str)}
+    return {
+        name: np.array([row.get(name, "" if name in strings else float("nan")) for row in rows])
+        for name in names
+    }
 
 
 def _done_arrays(path: Path) -> set[str]:

@@ -83,13 +83,14 @@ def make(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Aux, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.fold_in(state.key, LOSS), state.step)
         (loss, (extras, aux)), grads = accumulated(state, batch, key)
-        updates, opt_state = update(
-            grads,
-            state.opt_state,
-            state.params,
-            hyperparameters=state.hyperparameters,
-            step=state.step,
-        )
+        with jax.numpy_dtype_promotion("standard"):  # optax raises decays to an integer count
+            updates, opt_state = update(
+                grads,
+                state.opt_state,
+                state.params,
+                hyperparameters=state.hyperparameters,
+                step=state.step,
+            )
         after = (optax.apply_updates(state.params, updates), extras, opt_state)
         before = (state.params, state.extras, state.opt_state)
         diverged = jnp.minimum(state.diverged, jnp.where(jnp.isfinite(loss), NEVER, state.step))

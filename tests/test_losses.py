@@ -114,6 +114,14 @@ def test_excluded_classes():
     np.testing.assert_array_equal(LOSSES["cross_entropy"](lost, np.zeros(3, np.int32)), inf)
 
 
+def test_the_gradient_of_an_infinite_loss_is_still_the_error():
+    """The label is excluded, or further away than float32 can say."""
+    inf = np.inf
+    z = np.array([[-inf, 0, 0], [-inf, 3, -inf], [-3e38, 3e38, 0]], np.float32)
+    found = gradient("cross_entropy", z, np.zeros(3, np.int32))
+    np.testing.assert_allclose(found, [[-1, 0.5, 0.5], [-1, 1, 0], [-1, 1, 0]], rtol=1e-6)
+
+
 @each_loss
 def test_a_broken_logit_is_not_hidden(name):
     """The step freezes a replica by its loss: it must not be finite."""

@@ -84,8 +84,8 @@ def streamed(
 ) -> Stream:
     """The same stream from data that stay on the host (a numpy memory map, say), through grain.
 
-    Batches equal those of ``resident`` for the same root ``keys``. grain fetches ahead with
-    ``num_threads`` threads; only the batches travel to the device, as stored.
+    ``keys`` are the state's root keys; the batches equal those of ``resident``. grain fetches ahead
+    with ``num_threads`` threads; only the batches travel to the device, as stored.
     """
     import grain
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.losses import log_odds_against, margins_of_others
+from dynamics.losses import log_odds_against, without_label
 from dynamics.types import Batch, Task, TrainState
 
 
@@ -18,5 +18,5 @@ def el2n(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
     """
     aux = task.evaluate(state.params, state.extras, batch, state.hyperparameters)
     wrong = jax.nn.sigmoid(log_odds_against(aux.logits, batch.y))
-    others = jax.nn.softmax(margins_of_others(aux.logits, batch.y))
+    others = jax.nn.softmax(without_label(aux.logits, batch.y))
     return wrong * jnp.sqrt(1 + jnp.sum(others**2, axis=-1))

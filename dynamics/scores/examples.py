@@ -43,11 +43,11 @@ def over_examples(
     if each is not None and labels is None:
         y = np.broadcast_to(y, (len(state.step), *y.shape))
     run = _compiled(fn) if each is None else each(fn)
-    parts = []
+    x, parts = np.asarray(data.x), []
     for first in range(0, n, size):
         rows = np.minimum(np.arange(first, first + size), n - 1).astype(np.int32)
         own = np.take(y, rows, axis=0 if each is None else 1)
-        parts.append(run((state, own), np.asarray(data.x)[rows], rows, data.mean, data.std))
+        parts.append(run((state, own), x[rows], rows, data.mean, data.std))
     axis = 0 if each is None else 1
 
     def whole(*xs: jax.Array) -> jax.Array:

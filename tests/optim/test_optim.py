@@ -36,7 +36,7 @@ def run(train, scalars=None, num_steps=STEPS):
             flat = jnp.concatenate([params["a"], params["b"]["c"]])
             g = gradient(flat)
             g = {"a": g[:3], "b": {"c": g[3:]}}
-            with jax.numpy_dtype_promotion("standard"):  # as the step does: optax relies on it
+            with jax.numpy_dtype_promotion("standard"):  # optax raises decays to an integer count
                 updates, state = optimizer.update(g, state, params, hyperparameters=scalars)
             params = optax.apply_updates(params, updates)
             return (params, state), jnp.concatenate([params["a"], params["b"]["c"]])

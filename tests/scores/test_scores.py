@@ -13,7 +13,7 @@ from references import scores as reference
 
 from dynamics import models, optim, step, task
 from dynamics.scores import el2n, grand, over_examples
-from dynamics.types import Batch, Dataset
+from dynamics.types import Aux, Batch, Dataset
 
 K, N = 4, 21
 # tiny nets spend their time in the compiler
@@ -211,6 +211,21 @@ def test_easy_examples_keep_their_digits(name: str, gap: float) -> None:
         wanted = wanted * np.sqrt((XF**2).sum(axis=(1, 2)) + 1)
     found = compiled(name, net)(easy, BATCH.replace(y=jnp.zeros(N, jnp.int32)))
     np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_hopeless_examples_have_a_score() -> None:
+    """p_y = 0 in float32, or exactly: EL2N = sqrt(1 + sum q_k^2) of the others' shares."""
+    inf = np.inf
+    z = [[-inf, 0, 0], [-inf, 3, -inf], [-3e38, 3e38, 0], [-200, 0, 0], [5, -inf, -inf]]
+    x = jnp.array(z, jnp.float32)
+    batch = Batch(x=x, y=jnp.zeros(len(z), jnp.int32), index=jnp.arange(len(z)))
+
+    def evaluate(params: Any, extras: Any, batch: Batch, hyperparameters: Any) -> Any:
+        return Aux(loss=batch.x[:, 0], logits=batch.x, y=batch.y, index=batch.index)
+
+    net = made("linear")[0]._replace(evaluate=evaluate)
+    found = compiled("el2n", net)(made("linear")[1], batch)
+    np.testing.assert_allclose(found, np.sqrt([1.5, 2, 2, 1.5, 0]), rtol=1e-6)
 
 
 # ---- over a dataset -----------------------------------------------------------------------------
