@@ -29,7 +29,8 @@ def start() -> None:
     the user's cache folder. ``DYNAMICS_CACHE`` is the switch for that: a folder, or ``off``.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        mine = getattr(os, "sched_getaffinity", None)  # Linux only
+        jax.config.update("jax_num_cpu_devices", len(mine(0)) if mine else os.cpu_count() or 1)
     folder = os.environ.get("DYNAMICS_CACHE") or str(_user_cache() / "training-dynamics" / "jax")
     if folder != "off":
         jax.config.update("jax_compilation_cache_dir", folder)
