@@ -18,7 +18,7 @@ from dynamics import mesh as meshes
 from dynamics import population, step
 from dynamics.types import Aux, PyTree, Stream, Task, TrainState
 
-CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes on each device
+CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes, and batches it is fed, on each device
 CHUNK_STEPS = 256  # enough that dispatching a chunk is little beside computing it
 IN_FLIGHT = 4  # dispatching without bound hangs a CPU of several devices on jax 0.10
 
@@ -60,11 +60,14 @@ class Chunk:
 
         member = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), (state, self.own))
         trace = jax.make_jaxpr(advance(False), return_shape=True)
-        jaxpr, (_, self._outs) = trace(*member, self._fed_shapes(), self.shared)
+        fed = self._fed_shapes()
+        jaxpr, (_, self._outs) = trace(*member, fed, self.shared)
         platform = mesh.devices.flat[0].platform
         convolutional = population.has_convolution(jaxpr)
         self.how: population.How = how or population.choose(platform, convolutional)
-        each = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(self._outs))
+        each = sum(
+            math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((self._outs, fed))
+        )
         self.max_steps = max(1, min(CHUNK_STEPS, CHUNK_BYTES // (each * self._here)))
         self._advance = advance(unroll=convolutional and platform == "cpu")
         if self.how == "dispatch":

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from dynamics import mesh as meshes
 from dynamics import population, step
-from dynamics.checkpoint import Checkpoints
+from dynamics.checkpoint import CheckpointError, Checkpoints
 from dynamics.chunk import IN_FLIGHT, Chunk
 from dynamics.record import Recorder
 from dynamics.types import NEVER, Probe, Results, Stream, Task, TrainState
@@ -87,6 +87,9 @@ def fit(
     ends the process with status 0. Results with and without a store are equal, as are those of an
     undisturbed run and of one killed and continued on the same mesh, bit for bit.
 
+    On a GPU the bits are equal with XLA_FLAGS=--xla_gpu_deterministic_ops=true. Rows are also kept
+    in memory, steps / record_every x K of them.
+
     ``how`` overrides ``population.choose``. The state passed in stays valid. Cost: one gradient
     evaluation of the batch for each step and replica; the task's loss is traced twice. ValueError,
     before anything is compiled, for sizes that don't fit together.
@@ -103,7 +106,8 @@ def fit(
         watch, book = Watch(probes, state, mesh, chunk.how), _Book(store, record_every)
         found = checkpoints.restore((state, watch.carries)) if checkpoints is not None else None
         if found is not None:
-            (state, watch.carries), position = found
+            before, ((state, watch.carries), position) = state, found
+            _check_same_run(before, state, checkpoints)
         done = int(state.step[0])
         if done > num_steps:
             raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
@@ -118,6 +122,8 @@ def fit(
             watch.fold(aux, done - first)
             book.trained(first, done, metrics)
             book.measured(done, watch.measure(state, done, num_steps))
+            if not pace.known:  # how long a step takes, before more are dispatched
+                book.settle()
             pace.tick(book.fetched, book.loss)
             if checkpoints is not None and pace.save(done):
                 checkpoints.save(done, (state, watch.carries), book.settle())
@@ -135,6 +141,18 @@ def fit(
     return Results(book.columns(), book.arrays, state)
 
 
+def _check_same_run(given: TrainState, restored: TrainState, checkpoints: Any) -> None:
+    """CheckpointError unless what never changes in a run is equal."""
+    same = np.array_equal(jax.random.key_data(given.key), jax.random.key_data(restored.key))
+    for name, value in given.hyperparameters.items():
+        same = same and np.array_equal(value, restored.hyperparameters[name])
+    if not same:
+        raise CheckpointError(
+            f"the checkpoints in {checkpoints.root} are of a run with other keys or "
+            "hyperparameters: give another folder"
+        )
+
+
 def _check(
     state: TrainState,
     stream: Stream,
@@ -145,6 +163,10 @@ def _check(
     record_every: int,
 ) -> None:
     k = len(state.step)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"fit runs in one process, this one is of {jax.process_count()}: start it alone"
+        )
     for leaf in jax.tree.leaves(stream.own):
         if leaf.shape[0] != k:
             raise ValueError(
@@ -264,13 +286,18 @@ class _Pace:
 
     def __init__(self, name: str, done: int, num_steps: int, replicas: int, every: int | None):
         self._name, self._num_steps, self._replicas, self._every = name, num_steps, replicas, every
-        self._chunk, self._rate, self._fetched = 8, float("nan"), done
+        self._chunk, self._rate, self._fetched = 1, float("nan"), done
         self._last = self._saved = self._said = time.monotonic()
 
     def next(self, done: int, max_steps: int) -> int:
         """Where the next chunk should end."""
         end = done + min(self._chunk, max_steps)
         return end if self._every is None else min(end, next_due(self._every, done))
+
+    @property
+    def known(self) -> bool:
+        """Whether the time of a step was measured (the first chunk's is mostly compilation)."""
+        return bool(self._rate > 0)  # not while it is NaN
 
     def tick(self, fetched: int, loss: float) -> None:
         """So many steps are known to be computed: adapt the chunks, report."""
@@ -280,8 +307,10 @@ class _Pace:
         rate = steps / max(
             now - self._last, 1e-6
         )  # the first one, with the compilation, is dropped
-        known = np.isfinite(self._rate) and self._rate > 0
-        self._rate = 0.7 * self._rate + 0.3 * rate if known else (0.0 if self._rate != 0 else rate)
+        if self.known:
+            self._rate = 0.7 * self._rate + 0.3 * rate
+        else:
+            self._rate = rate if self._rate == 0 else 0.0
         self._last, self._fetched = now, fetched
         if self._rate > 0:
             self._chunk = int(np.clip(self._rate * CHUNK_SECONDS, 1, 4 * self._chunk))

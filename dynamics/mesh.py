@@ -4,6 +4,7 @@ The only file that names mesh axes. All meshes have Auto axis types: under Expli
 per-example gradients of convolutions fail.
 """
 
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dynamics.types import Leaf, PyTree
+
+log = logging.getLogger(__name__)
 
 AXES = ("replica", "data", "model")
 
@@ -48,7 +51,7 @@ def _in_cluster() -> bool:
     """Whether jax would find other processes by itself."""
     several = any(
         int(os.environ.get(name, "1")) > 1
-        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+        for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
     )
     return (
         several or "JAX_COORDINATOR_ADDRESS" in os.environ or "TPU_WORKER_HOSTNAMES" in os.environ
@@ -75,7 +78,13 @@ def make(replica: int = 1, data: int = 1, model: int = 1) -> Mesh:
 def for_population(num_replicas: int) -> Mesh:
     """Replicas over as many devices as divide them evenly."""
     available = len(jax.devices())
-    return make(max(r for r in range(1, available + 1) if num_replicas % r == 0))
+    used = max(r for r in range(1, available + 1) if num_replicas % r == 0)
+    if used < min(available, num_replicas):
+        log.warning(
+            "%d replicas divide over %d of %d devices; a multiple of %d would use all of them",
+            *(num_replicas, used, available, available),
+        )
+    return make(used)
 
 
 def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:

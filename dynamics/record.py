@@ -121,7 +121,8 @@ def completed(
         (p, h) for p, h in zip(points, homes, strict=True) if not (h / "done.json").is_file()
     ]
     if missing:
-        todo = [point for point, _ in missing]
+        todo = _begun_group(Path(folder), points, [home.name for _, home in missing])
+        todo = todo or [point for point, _ in missing]
         if len(todo) == 1:
             recorder = Recorder(missing[0][1], todo[0], about)
         else:
@@ -129,10 +130,22 @@ def completed(
             _same_data(group, about)
             recorder = Recorder(group, tuple(todo), about)
         tables = compute(todo, recorder)
-        for (point, home), table in zip(missing, tables, strict=True):
-            Recorder(home, point, about).finish(table)
+        for point, table in zip(todo, tables, strict=True):
+            home = Path(folder, configs.fingerprint(point))
+            if not (home / "done.json").is_file():
+                Recorder(home, point, about).finish(table)
     _remove_finished_groups(Path(folder))
     return [_table(read(home)) for home in homes]
+
+
+def _begun_group(folder: Path, points: Sequence[T], missing: Sequence[str]) -> list[T]:
+    """The points, in its order, of a killed group that all missing ones were computed in."""
+    named = {configs.fingerprint(point): point for point in points}
+    for group in sorted(folder.glob(GROUP + "*/config.json")):
+        names = [configs.fingerprint(point) for point in json.loads(group.read_text())]
+        if set(missing) <= set(names) <= set(named):
+            return [named[name] for name in names]
+    return []
 
 
 def _remove_finished_groups(folder: Path) -> None:
@@ -171,12 +184,19 @@ class Recorder:
     """Writes one run directory."""
 
     def __init__(self, path: Path | str, config: Any, about: Mapping[str, Any] | None = None):
-        """Opens or makes the directory; what a killed process left half-written is removed."""
+        """Opens or makes the directory; what a killed process left half-written is removed.
+
+        One process at a time may write a directory. RecordError: it holds another config's run.
+        """
         self.path = Path(path)
         (self.path / "arrays").mkdir(parents=True, exist_ok=True)
         for left in self.path.rglob(".*.tmp"):
             left.unlink()
-        write(self.path / "config.json", configs.to_json(config))
+        text = configs.to_json(config)
+        if (self.path / "config.json").is_file():
+            if (self.path / "config.json").read_text() != text:
+                raise RecordError(f"{self.path} holds a run of another config: give another folder")
+        write(self.path / "config.json", text)
         write(self.path / "provenance.json", json.dumps(provenance(about or {}), indent=1))
         self._rows = self.path / "rows.jsonl"
         if self._rows.is_file():  # drop the half row of a killed process
@@ -200,6 +220,8 @@ class Recorder:
     def rewind(self, position: int) -> list[dict[str, Any]]:
         """Drop the live rows past ``position``; returns the rest. RecordError: fewer are there."""
         size = self._rows.stat().st_size if self._rows.exists() else 0
+        if (self.path / "done.json").is_file():
+            raise RecordError(f"{self.path} holds a finished run: read() it")
         if size < position:
             raise RecordError(
                 f"{self._rows} has {size} bytes, the checkpoint was made with {position}: "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import pkgutil
 import runpy
@@ -42,7 +43,7 @@ class Where:
     data_folder: Path | None = None
     """Folder of the data sets; None: DYNAMICS_DATA"""
     mesh: tuple[int, int, int] | None = None
-    """Devices along replica, data and model; None: replicas over all devices"""
+    """Devices along replica, data and model; None: replicas over as many as divide them"""
     verbose: bool = False
     """Show the traceback of an error"""
 
@@ -56,7 +57,11 @@ def main(argv: Sequence[str]) -> int:
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
     names = [n for n in names if n not in ("__main__", "progress", "launch")]
     usage = USAGE.format(names=", ".join(names))
-    if not argv or argv[0] in ("-h", "--help"):
+    if (
+        not argv
+        or argv[0] in ("-h", "--help")
+        or list(argv[:2]) in (["sweep", "-h"], ["sweep", "--help"])
+    ):
         print(usage)
         return 0 if argv else 2
     several = argv[0] == "sweep"
@@ -135,7 +140,14 @@ def _sweep_points(
 ) -> tuple[tuple[Any, ...], Where]:
     """The points of a grid given as ``--field value value``, and where they are computed."""
     fields: dict[str, list[Any]] = {}
-    for word in flags:
+    if {"-h", "--help"} & set(flags):
+        config = preset.get("config") or module.Config()
+        together = ", ".join(configs.replica_fields(config))
+        raise Refused(
+            f"fields are those of the experiment's own --help; one program for all values of: "
+            f"{together}"
+        )
+    for word in itertools.chain.from_iterable(flag.split("=", 1) for flag in flags):
         if word.startswith("--"):
             fields[word[2:].replace("-", "_")] = []
         elif fields:
@@ -147,7 +159,7 @@ def _sweep_points(
         runs=Path(*map(str, options.get("runs", ["runs"]))),
         data_folder=Path(*map(str, options["data_folder"])) if "data_folder" in options else None,
         mesh=tuple(options["mesh"]) if "mesh" in options else None,  # pyright: ignore
-        verbose="verbose" in options,
+        verbose="verbose" in options and options["verbose"] != [False],
     )
     if fields:
         return configs.grid(preset.get("config") or module.Config(), fields), where
@@ -159,6 +171,8 @@ def _sweep_points(
 
 
 def _value(word: str) -> Any:
+    if word in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[word]
     try:
         value = json.loads(word)
     except ValueError:
@@ -180,7 +194,7 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
             for group in configs.group(points):
                 data = module.load(group[0], where.data_folder)
                 module.sweep(group, data, mesh, store=where.runs)
-        except (ValueError, DataError, RecordError, CheckpointError) as error:
+        except (ValueError, OSError, DataError, RecordError, CheckpointError) as error:
             if where.verbose:
                 raise
             print(f"error: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from dynamics.config import Count, Fraction, NonNegative, Positive, Range, Repli
 from dynamics.data import DataConfig, augment, corrupt, sources
 from dynamics.data import load as load_data
 from dynamics.data.sources import Splits
-from dynamics.data.stream import normalise, stream
+from dynamics.data.stream import stream
 from dynamics.probes import Evaluate, Score
 from dynamics.record import Recorder, Table
 
@@ -93,14 +93,16 @@ def sweep(
     """The study at every point, all in one population; points differ in Replica fields only.
 
     Rows: one for each (fraction, method, replica), with the last epoch's ``test_accuracy`` (0..1)
-    and ``test_loss`` (nats); method ``full`` is all data. Arrays over the training examples in
+    and ``test_loss`` (nats); method ``full`` is all data; both are NaN where the run diverged.
+    Arrays over the training examples in
     dataset order: ``el2n``, ``grand`` f32[R, N] at the scoring epoch, ``el2n_init``,
     ``grand_init`` f32[R, N] before training, ``input_norm`` f32[N] of normalised inputs,
-    ``index`` i32[N] into the file, ``labels`` i32[N] and ``mislabelled`` bool[N].
+    ``index`` i32[N] into the file, ``labels`` i32[N] and ``mislabelled`` bool[N]; ``diverged`` [R]
+    of the scoring runs, whose scores are left out of the mean (if all did, subsets are random).
     With a ``store`` both stages are kept under the fingerprint of what determines them.
     ValueError: a subset smaller than a batch.
     """
-    _check(configs[0], data)
+    _check(configs, data, mesh)
     about = {"data": sources.digest(data.train) + sources.digest(data.test)}
     folder = None if store is None else Path(store, "data_diet")
 
@@ -132,7 +134,12 @@ def _scoring_config(config: Config) -> ScoringConfig:
     return ScoringConfig(**{name: getattr(config, name) for name in names})
 
 
-def _check(config: Config, data: Splits) -> None:
+def _check(points: Sequence[Config], data: Splits, mesh: Mesh | None) -> None:
+    config = points[0]
+    subsets = 1 + len(METHODS) * len(config.prune.fractions)
+    for members in (config.score.replicas, subsets * config.prune.replicas):
+        if mesh is not None:
+            meshes.check(mesh, len(points) * members, config.train.batch_size)
     n, smallest = len(data.train), min(config.prune.fractions)
     if config.train.batch_size > round(smallest * n):
         raise ValueError(
@@ -213,7 +220,10 @@ def prune(
         sizes=sizes.reshape(-1),
     )
     last = results.rows["step"] == steps
-    accuracy, loss = (results.rows[f"test.{m}"][last] for m in ("accuracy", "loss"))
+    accuracy, loss = (
+        np.where(np.isinf(results.arrays["diverged"]), results.rows[f"test.{m}"][last], np.nan)
+        for m in ("accuracy", "loss")
+    )
     tables = []
     for p, arrays in enumerate(scored):
         mine = slice(p * members, (p + 1) * members)
@@ -229,7 +239,7 @@ def prune(
                     "test_loss": loss[mine],
                     "diverged": results.arrays["diverged"][mine],
                 },
-                arrays={name: value for name, value in arrays.items() if name != "diverged"},
+                arrays=dict(arrays),
             )
         )
     return tables
@@ -269,8 +279,12 @@ def _labels(point: ScoringConfig, data: Splits) -> corrupt.Noisy:
 
 
 def _input_norm(data: Splits) -> np.ndarray:
-    x = np.asarray(normalise(jax.numpy.asarray(data.train.x), data.train.mean, data.train.std))
-    return np.linalg.norm(x.reshape(len(x), -1), axis=1).astype(np.float32)
+    """The norm of each normalised input, a block of examples at a time."""
+    train, norms = data.train, []
+    for first in range(0, len(train), 1024):
+        x = (train.x[first : first + 1024].astype(np.float32) - train.mean[None]) / train.std[None]
+        norms.append(np.linalg.norm(x.reshape(len(x), -1), axis=1))
+    return np.concatenate(norms).astype(np.float32)
 
 
 def _subset(
@@ -285,6 +299,6 @@ def _subset(
         generator = np.random.Generator(np.random.PCG64([seed, RANDOM, replica]))
         return np.sort(generator.permutation(n)[:count])
     name, _, end = method.rpartition("_")
-    return scores.keep(
-        arrays[name].mean(axis=0), count, "highest" if end == "hard" else "lowest", seed=seed
-    )
+    whole = np.isinf(arrays["diverged"])  # a run that diverged has no scores
+    mean = arrays[name][whole].mean(axis=0) if whole.any() else np.zeros(n)
+    return scores.keep(mean, count, "highest" if end == "hard" else "lowest", seed=seed)

@@ -11,9 +11,10 @@ import pytest
 import tiny
 
 from dynamics import fit, mesh, optim, scores
+from dynamics.checkpoint import CheckpointError
 from dynamics.data.stream import resident, streamed
 from dynamics.probes import Evaluate, Score
-from dynamics.record import Recorder
+from dynamics.record import Recorder, RecordError
 from dynamics.types import Aux, TrainState
 
 KINDS = ("mlp", "convnet", "transformer")
@@ -249,3 +250,13 @@ def test_sizes_that_do_not_fit_together_are_refused() -> None:
             p.task, p.optimizer, jax.random.split(jax.random.key(0), 2), {}, mesh.make()
         )
         fit.fit(p.task, p.optimizer, bare, tiny.batches(p, 2), 5, mesh.make())
+
+
+def test_the_checkpoints_of_another_run_are_not_taken_up(tmp_path: Any) -> None:
+    p = tiny.problem("mlp")
+    tiny.run(p._replace(num_steps=4), mesh.make(), 2, store=Recorder(tmp_path, ()))
+    for other in ({"seed": 1}, {"changed": {"learning_rate": 0.5}}):
+        with pytest.raises(CheckpointError, match="with other keys or hyperparameters"):
+            tiny.run(p, mesh.make(), 2, store=Recorder(tmp_path, ()), **other)
+    with pytest.raises(RecordError, match="holds a run of another config"):
+        Recorder(tmp_path, ("another",))

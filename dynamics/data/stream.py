@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from dynamics.data.files import DataError
 from dynamics.data.order import batch_rows
 from dynamics.types import AUGMENT, NEVER, Batch, Dataset, Key, Leaf, PyTree, Stream
 
 Augment = Callable[[Key, jax.Array], jax.Array]
 
-RESIDENT_BYTES = 4 * 2**30  # of inputs that every device keeps a copy of
+RESIDENT_BYTES = 4 * 2**30  # of inputs, a copy for each device, in one memory
 
 
 def normalise(x: Shaped[Array, "b ..."], mean: Leaf, std: Leaf) -> Shaped[Array, "b ..."]:
@@ -38,7 +39,8 @@ def take(data: Dataset, rows: Int[Array, "b"]) -> Batch:
 
 def stream(data: Dataset, batch_size: int, keys: Shaped[Array, "k"], **options: Any) -> Stream:
     """``resident`` if the inputs are at most RESIDENT_BYTES, else ``streamed``; same options."""
-    if data.x.nbytes <= RESIDENT_BYTES:
+    copies = len(jax.local_devices()) if jax.default_backend() == "cpu" else 1  # share one memory
+    if data.x.nbytes * copies <= RESIDENT_BYTES:
         return resident(data, batch_size, len(keys), **options)
     return streamed(data, batch_size, keys, **options)
 
@@ -87,8 +89,13 @@ def streamed(
     ``keys`` are the state's root keys; the batches equal those of ``resident``. grain fetches ahead
     with ``num_threads`` threads; only the batches travel to the device, as stored.
     """
-    import grain
-
+    try:
+        import grain
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "data are read from the host through grain, which is not installed: "
+            "pip install 'training-dynamics[data]'"
+        ) from error
     own = _own(data, batch_size, len(keys), rows, sizes, labels)
     host_own = jax.tree.map(np.asarray, own)
     cpu = jax.local_devices(backend="cpu")[0]

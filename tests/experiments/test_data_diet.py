@@ -163,3 +163,12 @@ def test_a_batch_larger_than_a_subset_is_refused(data: Any) -> None:
 def test_impossible_fractions_are_refused(fractions: Any) -> None:
     with pytest.raises(ValueError, match="fractions"):
         dataclasses.replace(TINY, prune=Pruning(fractions=fractions))
+
+
+def test_a_diverging_point_of_a_sweep_spoils_no_other(data: Any) -> None:
+    points = configs.grid(TINY, {"train.learning_rate": [0.02, 1e30]})
+    fine, broken = data_diet.sweep(points, data)
+    assert np.isfinite(fine.rows["test_accuracy"]).all()
+    assert np.isinf(fine.arrays["diverged"]).all()
+    assert np.isfinite(broken.arrays["diverged"]).all()
+    assert np.isnan(broken.rows["test_accuracy"]).all()
