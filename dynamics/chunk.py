@@ -65,6 +65,9 @@ class Chunk:
         platform = mesh.devices.flat[0].platform
         convolutional = population.has_convolution(jaxpr)
         self.how: population.How = how or population.choose(platform, convolutional)
+        # several programs with collectives in flight can wait for each other for ever on a CPU
+        talks = mesh.size > mesh.shape[meshes.AXES[0]]
+        self.in_flight = 0 if platform == "cpu" and talks else IN_FLIGHT
         each = sum(
             math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((self._outs, fed))
         )
@@ -144,7 +147,7 @@ class Chunk:
             for i in range(count):
                 carry, loss = self._single(carry, rest, np.int32(i), self.shared)
                 pending.append(loss)
-                if len(pending) > IN_FLIGHT:
+                if len(pending) > self.in_flight:
                     pending.pop(0).block_until_ready()
             carries.append(carry)
         return self._join(carries)

@@ -119,11 +119,13 @@ def fit(
         while done < num_steps and not terminated.is_set():
             first, done = done, min(watch.next(done), pace.next(done, chunk.max_steps), num_steps)
             state, aux, metrics = chunk.run(state, first, done - first)
+            if not chunk.in_flight:
+                jax.block_until_ready(state)
             watch.fold(aux, done - first)
             book.trained(first, done, metrics)
             book.measured(done, watch.measure(state, done, num_steps))
-            if not pace.known:  # how long a step takes, before more are dispatched
-                book.settle()
+            if not pace.known or not chunk.in_flight:
+                book.settle()  # to know how long a step takes before more are dispatched
             pace.tick(book.fetched, book.loss)
             if checkpoints is not None and pace.save(done):
                 checkpoints.save(done, (state, watch.carries), book.settle())
