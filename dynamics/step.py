@@ -31,6 +31,19 @@ def init(
     )
 
 
+def given(params: PyTree, extras: PyTree | None = None, key: Key | None = None) -> TrainState:
+    """The state of parameters that were trained elsewhere: enough to score, not to go on."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        extras={} if extras is None else extras,
+        opt_state=(),
+        hyperparameters={},
+        key=jax.random.key(0) if key is None else key,
+        diverged=jnp.int32(NEVER),
+    )
+
+
 def make(
     task: Task,
     optimizer: optax.GradientTransformation,

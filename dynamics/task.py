@@ -1,4 +1,4 @@
-"""A linen module and a per-example loss become a Task; modes and batch statistics end here."""
+"""A model and a per-example loss become a Task; modes and batch statistics end here."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -32,11 +32,6 @@ def classification(
         variables = dict(module.init({"params": key, "dropout": key}, x, train=False))
         return variables.pop("params"), variables
 
-    def aux(logits: jax.Array, batch: Batch) -> Aux:
-        each = loss(logits, batch.y)
-        each = each.reshape(each.shape[0], -1).mean(axis=1)
-        return Aux(loss=each, logits=logits, y=batch.y, index=batch.index)
-
     def train(
         params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
     ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
@@ -47,14 +42,53 @@ def classification(
                 variables, batch.x, train=True, mutable=list(extras), rngs={"dropout": key}
             ),
         )
-        found = aux(logits, batch)
-        return found.loss.mean(), (dict(extras), found)
+        found = _aux(loss, logits, batch)
+        return _mean(found.loss, batch), (dict(extras), found)
 
     def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
         logits = module.apply({"params": params, **extras}, batch.x, train=False)
-        return aux(cast(jax.Array, logits), batch)
+        return _aux(loss, cast(jax.Array, logits), batch)
 
     return Task(init, train, evaluate)
+
+
+def of_function(
+    predict: Callable[[PyTree, jax.Array], jax.Array],
+    *,
+    init: Callable[[Key], PyTree] | None = None,
+    loss: Loss = losses.cross_entropy,
+) -> Task:
+    """The task of any ``predict(params, x) -> logits``, the same in training and evaluation.
+
+    ``x`` is a batch [b, ...] and so are the logits. ``init(key) -> params`` is needed to train;
+    to score parameters trained elsewhere, ``step.given(params)`` is their state.
+    """
+
+    def start(key: Key) -> tuple[PyTree, PyTree]:
+        if init is None:
+            raise ValueError("task.of_function needs init=(key -> params) to make parameters")
+        return init(key), {}
+
+    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
+        return _aux(loss, predict(params, batch.x), batch)
+
+    def train(
+        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+    ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
+        found = evaluate(params, extras, batch, hyperparameters)
+        return _mean(found.loss, batch), (extras, found)
+
+    return Task(start, train, evaluate)
+
+
+def _aux(loss: Loss, logits: jax.Array, batch: Batch) -> Aux:
+    each = loss(logits, batch.y)
+    each = each.reshape(each.shape[0], -1).mean(axis=1)
+    return Aux(loss=each, logits=logits, y=batch.y, index=batch.index)
+
+
+def _mean(each: jax.Array, batch: Batch) -> jax.Array:
+    return each.mean() if batch.weight is None else (batch.weight * each).mean()
 
 
 def of_dataset(module: nn.Module, data: Dataset, *, loss: Loss = losses.cross_entropy) -> Task:

@@ -53,6 +53,7 @@ class Batch:
     x: Leaf  # [b ...]
     y: Leaf  # [b ...]
     index: Leaf  # i32[b]: the example's row in the dataset, never reordered
+    weight: Leaf | None = None  # f32[b]: factor of each example's loss; None: 1
 
 
 @struct.dataclass
@@ -73,7 +74,8 @@ class Task(NamedTuple):
     """``key -> (params, extras)``"""
     loss: Callable[[PyTree, PyTree, Batch, Key, Scalars], tuple[jax.Array, tuple[PyTree, Aux]]]
     """``(params, extras, batch, key, hyperparameters) -> (scalar, (extras, aux))``, training mode.
-    The scalar is the mean over the batch of ``aux.loss`` plus whatever the method adds."""
+    The scalar is the mean over the batch of ``weight * loss`` plus whatever the method adds;
+    ``aux.loss`` is never weighted."""
     evaluate: Callable[[PyTree, PyTree, Batch, Scalars], Aux]
     """``(params, extras, batch, hyperparameters) -> aux``, evaluation mode: no example depends on
     another, nothing is random."""

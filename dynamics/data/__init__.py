@@ -1,6 +1,6 @@
 """Data: files, their rows as datasets, label noise, synthetic problems, text, and the order."""
 
 from dynamics.data.files import DataError
-from dynamics.data.sources import DataConfig, load
+from dynamics.data.sources import DataConfig, load, of_arrays
 
-__all__ = ["DataConfig", "DataError", "load"]
+__all__ = ["DataConfig", "DataError", "load", "of_arrays"]

@@ -129,6 +129,28 @@ def load(config: DataConfig, folder: Path | str | None = None) -> Splits:
     )
 
 
+def of_arrays(x: np.ndarray, y: np.ndarray) -> Dataset:
+    """Your own arrays [n, ...] as a dataset, used as they are: mean 0, standard deviation 1.
+
+    Integer inputs [n, T] are tokens. ValueError: different lengths, or labels that are no integers.
+    """
+    x, y = np.asarray(x), np.asarray(y)
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f"x and y must hold as many examples each, got {len(x)} and {len(y)}")
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y must be integer labels, got {y.dtype}")
+    tokens = np.issubdtype(x.dtype, np.integer)
+    if tokens and x.ndim != 2:
+        raise ValueError(
+            f"integers are tokens and must be [n, T], got {x.dtype}{list(x.shape)}: "
+            "give images as floats, or through DataConfig"
+        )
+    empty = np.zeros(0, np.float32)
+    one = np.ones((1,) * (x.ndim - 1), np.float32)
+    mean, std = (empty, empty) if tokens else (0 * one, one)
+    return Dataset(x=x, y=y, index=np.arange(len(y), dtype=np.int32), mean=mean, std=std)
+
+
 def _dataset(pair: Pair, rows: Rows, mean: np.ndarray, std: np.ndarray) -> Dataset:
     x, y = (_taken(values, rows) for values in pair)
     return Dataset(x=x, y=y, index=rows.astype(np.int32), mean=mean, std=std)
