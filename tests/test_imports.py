@@ -21,9 +21,10 @@ tree
 config
 losses mesh record statistics
 data models task optim subspace
-step
+step ghost
 population curvature kernel representation scores
-probes landscape
+landscape
+probes
 checkpoint
 chunk watch
 fit

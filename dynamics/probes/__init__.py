@@ -1,6 +1,17 @@
 """Probes: what looks at a run while it trains; one file each."""
 
+from dynamics.probes.cartography import Cartography
 from dynamics.probes.evaluate import Evaluate
+from dynamics.probes.forgetting import Forgetting
+from dynamics.probes.margins import AreaUnderMargin
 from dynamics.probes.score import Score
+from dynamics.probes.vog import VarianceOfGradients
 
-__all__ = ["Evaluate", "Score"]
+__all__ = [
+    "AreaUnderMargin",
+    "Cartography",
+    "Evaluate",
+    "Forgetting",
+    "Score",
+    "VarianceOfGradients",
+]

@@ -4,9 +4,38 @@ A score is a pure function ``(task, state, batch) -> f32[B]`` of one replica in 
 ``over_examples`` runs it over a dataset, for one state or for a population.
 """
 
-from dynamics.scores.el2n import el2n
 from dynamics.scores.examples import over_examples
+from dynamics.scores.forward import (
+    HARD,
+    el2n,
+    entropy,
+    l1_error,
+    logit_margin,
+    loss,
+    probability,
+    probability_margin,
+)
 from dynamics.scores.grand import grand
+from dynamics.scores.pvi import blank, pvi
 from dynamics.scores.select import keep
+from dynamics.scores.vog import class_normalised, dataset_normalised, input_gradient, vog
 
-__all__ = ["el2n", "grand", "keep", "over_examples"]
+__all__ = [
+    "HARD",
+    "blank",
+    "class_normalised",
+    "dataset_normalised",
+    "el2n",
+    "entropy",
+    "grand",
+    "input_gradient",
+    "keep",
+    "l1_error",
+    "logit_margin",
+    "loss",
+    "over_examples",
+    "probability",
+    "probability_margin",
+    "pvi",
+    "vog",
+]

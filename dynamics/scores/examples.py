@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from dynamics import ghost
 from dynamics.data.stream import normalise
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
 
@@ -29,7 +30,8 @@ def over_examples(
 
     With ``each`` (what ``fit`` hands to a StateProbe) the state is a population's, every replica
     may have its own ``labels`` (else ValueError), and the result is [K, N, ...]. Batches go to the
-    device one by one as stored; the result depends on ``batch_size`` by rounding only.
+    device one by one as stored; the result depends on ``batch_size`` by rounding only. ValueError:
+    the examples of a batch depend on each other (batch norm in training mode).
     """
     n = len(data)
     if labels is not None and (each is None or labels.shape[:2] != (len(state.step), n)):
@@ -56,6 +58,11 @@ def over_examples(
     return jax.tree.map(whole, *parts)
 
 
+def losses(task: Task, state: TrainState, batch: Batch) -> jax.Array:
+    """Each example's own loss in evaluation mode, f32[b]."""
+    return task.evaluate(state.params, state.extras, batch, state.hyperparameters).loss
+
+
 @functools.lru_cache(maxsize=64)
 def _bound(score: PerExample, task: Task) -> Callable[..., Any]:
     """The same function object for the same score and task, so that it is compiled once."""
@@ -63,6 +70,7 @@ def _bound(score: PerExample, task: Task) -> Callable[..., Any]:
     def per_example(own: tuple, x: jax.Array, rows: jax.Array, mean: Any, std: Any) -> PyTree:
         state, y = own
         batch = Batch(x=normalise(x, mean, std), y=y.astype(jnp.int32), index=rows)
+        ghost.check_independent(functools.partial(losses, task), state, batch)
         return score(task, state, batch)
 
     return per_example

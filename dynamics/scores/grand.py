@@ -1,28 +1,46 @@
-"""GraNd: the length of an example's own gradient."""
+"""GraNd: the length of an example's own gradient, over all parameters or the output layer's."""
+
+import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dynamics.types import Batch, PyTree, Task, TrainState
+from dynamics import ghost
+from dynamics.scores.examples import losses
+from dynamics.types import Batch, PyTree, Scalars, Task, TrainState
 
 
-def grand(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
-    """``||grad_w loss(x_i, y_i)||_2`` over all parameters, in evaluation mode; high is hard.
+def grand(task: Task, state: TrainState, batch: Batch, *, only: str = "") -> Float[Array, "b"]:
+    """``||grad_w loss(x_i, y_i)||_2`` in evaluation mode; high is hard.
 
-    Neither weight decay nor the mean over a batch is in it: an example's score depends on no other
-    example. Cost: one gradient evaluation an example, and the memory of B gradients.
+    Over all parameters, or those in whose path ("block_0/conv_1/kernel") the regular expression
+    ``only`` is found. Neither weight decay nor the mean over a batch is in it: an example's score
+    depends on no other example. Computed from factored gradients (``dynamics.ghost``): about two
+    forward passes and the memory of the activations, where gradients would take three and B times
+    the parameters. ValueError: examples of a batch depend on each other, or nothing is called
+    ``only``.
 
     Reference: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075, definition 1.
     """
+    return ghost.norms(gradients(task, state, batch, only=only))
 
-    def loss(params: PyTree, example: Batch) -> jax.Array:
+
+def grand_last_layer(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
+    """GraNd of the output layer alone, whose parameters are called ``head`` in our models.
+
+    For cross-entropy and one label it is EL2N sqrt(||h||^2 + 1), h the layer's input. Cost: one
+    forward pass. For a net with other names: ``functools.partial(grand, only="its path")``.
+    """
+    return grand(task, state, batch, only=r"(^|/)head(/|$)")
+
+
+def gradients(task: Task, state: TrainState, batch: Batch, *, only: str = "") -> ghost.Factors:
+    """The gradients of the examples' own losses in factored form, for norms and inner products."""
+    ghost.check_independent(functools.partial(losses, task), state, batch)
+
+    def loss(params: PyTree, rest: tuple[PyTree, Scalars], example: Batch) -> jax.Array:
         alone = jax.tree.map(lambda x: x[None], example)
-        return task.evaluate(params, state.extras, alone, state.hyperparameters).loss[0]
+        return task.evaluate(params, rest[0], alone, rest[1]).loss[0]
 
-    gradients = jax.vmap(jax.grad(loss), in_axes=(None, 0))(state.params, batch)
-    rows = [g.reshape(g.shape[0], -1) for g in jax.tree.leaves(gradients)]
-    largest = jnp.stack([jnp.abs(row).max(axis=1) for row in rows]).max(axis=0)
-    unit = jnp.where(largest > 0, largest, 1)  # squares of small gradients would underflow
-    squares = [jnp.sum((row / unit[:, None]) ** 2, axis=1) for row in rows]
-    return unit * jnp.sqrt(jnp.stack(squares).sum(axis=0))
+    rest = (state.extras, state.hyperparameters)
+    return ghost.factors(loss, state.params, rest, batch, only=only)

@@ -13,7 +13,7 @@ import pytest
 from dynamics.data import stream as streams
 from dynamics.data.augment import crop_and_flip
 from dynamics.data.order import batch_rows
-from dynamics.data.stream import normalise, resident, stream, streamed, take
+from dynamics.data.stream import normalise, resident, sampled, stream, streamed, take
 from dynamics.types import AUGMENT, Dataset
 
 N, B = 23, 4
@@ -220,6 +220,70 @@ def test_augmentation_has_its_own_key_for_every_step(plain: Any) -> None:
         np.testing.assert_allclose(found.x[t, s], wanted, rtol=1e-5, atol=1e-6)
 
 
+# ---- drawn with replacement ---------------------------------------------------------------------
+
+CHANCES = GENERATOR.dirichlet(np.full(N, 0.5), 3)
+CHANCES[1] = 1 / N
+CHANCES[2, ::2] = 0  # the first and the last, too
+CHANCES[2] /= CHANCES[2].sum()
+
+
+def test_drawn_batches_are_rows_with_weights() -> None:
+    found = batches(sampled(IMAGES, B, 3, CHANCES, labels=LABELS), 0, 40)
+    assert found.x.shape == (40, 3, B, 5, 5, 1) and found.index.dtype == np.int32
+    wanted = (IMAGES.x[found.index].astype(np.float64) - 100) / 37
+    np.testing.assert_allclose(found.x, wanted, rtol=1e-5, atol=1e-6)
+    for s in range(3):
+        np.testing.assert_array_equal(found.y[:, s], LABELS[s][found.index[:, s]])
+        weight = 1 / (N * CHANCES[s][found.index[:, s]])
+        np.testing.assert_allclose(found.weight[:, s], weight, rtol=1e-5)
+    assert found.weight.dtype == np.float32 and (found.weight[:, 1] == 1).all()
+    assert (found.index[:, 2] % 2 == 1).all()
+
+
+def test_draws_are_a_function_of_key_and_step() -> None:
+    made = sampled(IMAGES, B, 3, CHANCES)
+    whole = batches(made, 0, 12)
+    assert_same(batches(made, 5, 3), jax.tree.map(lambda x: x[5:8], whole))
+    alone = batches(sampled(IMAGES, B, 1, CHANCES[1:2]), 0, 12, KEYS[1:2])
+    assert_same(jax.tree.map(lambda x: x[:, 1:2], whole), alone)
+    same = batches(sampled(IMAGES, B, 3, CHANCES[[1, 1, 1]]), 0, 12)
+    assert len({tuple(same.index[:, s].ravel()) for s in range(3)}) == 3
+    assert len({tuple(row) for row in same.index.reshape(-1, B)}) > 30
+
+
+def test_drawn_tokens_and_augmentation() -> None:
+    found = batches(sampled(TOKENS, B, 3, CHANCES), 0, 3)
+    np.testing.assert_array_equal(found.x, TOKENS.x[found.index])
+    np.testing.assert_array_equal(found.y, TOKENS.y[found.index])
+    plain = batches(sampled(IMAGES, B, 3, CHANCES), 0, 3)
+    moved = batches(sampled(IMAGES, B, 3, CHANCES, augment=lambda key, x: x + 1), 0, 3)
+    assert_same(moved.replace(x=plain.x), plain)
+    np.testing.assert_allclose(moved.x, plain.x + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000])
+def test_the_table_holds_each_examples_part(n: int) -> None:
+    """In integers, exactly; whatever is positive is drawn, whatever is 0 is not."""
+    generator = np.random.default_rng(n)
+    for power in (0, 1, 8, 60):
+        p = generator.random(n) ** power
+        p[generator.random(n) < 0.3] = 0
+        p[0] += 1e-300 if n > 1 and p[1:].any() else 1
+        p /= p.sum()
+        units = streams._units(p)
+        assert units.sum() == n * streams.CELL and ((units > 0) == (p > 0)).all()
+        exact = p * n * streams.CELL
+        others = units != units.max()
+        assert (np.abs(units - exact)[others] <= 1).all() and (abs(units - exact) <= n).all()
+        keep, other = streams._alias(units)
+        parts = np.where(np.arange(n) == other, streams.CELL, keep).astype(np.int64)
+        drawn = np.zeros(n, np.int64)
+        np.add.at(drawn, np.arange(n), parts)
+        np.add.at(drawn, other, streams.CELL - parts)
+        np.testing.assert_array_equal(drawn, units)
+
+
 # ---- what is refused ----------------------------------------------------------------------------
 
 OUT = SUBSETS.copy()
@@ -265,3 +329,30 @@ def test_refused_with_a_message(unchecked: Any, where: str, options: Any, words:
             streamed(data, size, KEYS, **options)
     assert all(word in str(error.value) for word in words), error.value
     assert "zip()" not in str(error.value) and "zero-size" not in str(error.value)
+
+
+def chances(at: int, value: float) -> Any:
+    found = CHANCES.copy()
+    found[1, at] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(probabilities=CHANCES[:2]), [f"(3, {N})", f"(2, {N})"]),
+        (dict(probabilities=CHANCES[0]), [f"(3, {N})", f"({N},)"]),
+        (dict(probabilities=chances(3, -0.01)), ["replica 1", ">= 0", "-0.01"]),
+        (dict(probabilities=chances(3, np.nan)), ["replica 1", "nan"]),
+        (dict(probabilities=chances(3, np.inf)), ["replica 1", "inf"]),
+        (dict(probabilities=chances(3, 0.5)), ["replica 1", "sum to 1", "1.45652"]),
+        (dict(probabilities=0 * CHANCES), ["replica 0", "sum 0"]),
+        (dict(batch_size=N + 1), ["batch_size", str(N + 1)]),
+        (dict(labels=LABELS[:, 1:]), ["labels", f"(3, {N})"]),
+    ],
+)
+def test_what_is_no_probability_is_refused(unchecked: Any, options: Any, words: Any) -> None:
+    options = {"batch_size": B, "num_replicas": 3, "probabilities": CHANCES} | options
+    with pytest.raises(ValueError) as error:
+        sampled(IMAGES, **options)
+    assert all(word in str(error.value) for word in words), error.value

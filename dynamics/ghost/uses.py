@@ -1,0 +1,223 @@
+"""Where a function uses its weights: a walk through its jaxpr that can add taps there.
+
+A value is *made of* a weight if it holds the weight's entries and nothing else, moved and scaled; a
+*use* is an equation in which such a value meets something that depends on the example. At a use
+that is a product, a convolution or a lookup, the derivative by an added tap and the other operand
+say everything about the weight's gradient.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+CONSTANT, EXAMPLE = "constant", "example"  # does not depend on params / depends on the example
+
+# Primitives that are opened: their insides are walked, too.
+OPENED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
+SAME = ("convert_element_type", "copy", "reduce_precision", "sharding_constraint", "copy_p")
+RESHAPED = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
+CHEAP = ("add", "sub", "mul", "div", "add_any", "concatenate")  # as biases, norms, positions do
+
+
+class Weight(NamedTuple):
+    """A value made of one leaf. ``axes``: the leaf's axis behind each of its own, or None if it
+    was reshaped; ``history`` tells apart values that hold the same entries in other places.
+    """
+
+    leaf: int
+    axes: tuple[int, ...] | None
+    history: tuple
+    factor: Any
+
+
+class Mixed(NamedTuple):
+    """A value that depends on these leaves in any other way, by an equation of this name."""
+
+    leaves: frozenset[int]
+    by: str
+
+
+class Product(NamedTuple):
+    """A use in a dot_general: the axes (of the weight, of the other operand) by their role."""
+
+    weight_first: bool
+    rows: tuple[tuple[int, ...], tuple[int, ...]]  # summed over
+    groups: tuple[tuple[int, ...], tuple[int, ...]]  # in step with one another
+    left: tuple[tuple[int, ...], tuple[int, ...]]  # columns of the weight, positions of the other
+
+
+class Convolution(NamedTuple):
+    """A use as the kernel of a convolution."""
+
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    out: tuple[int, ...]
+    kernel: tuple[int, ...]  # spatial
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int
+
+
+class Lookup(NamedTuple):
+    """A use as a table whose rows are taken."""
+
+    rows: int
+    clipped: bool  # an index outside is the last row's; else it has no row
+
+
+class Site(NamedTuple):
+    """One use: its place in the walk, the weight there, what kind, and the shape of its result."""
+
+    number: int
+    weight: Weight
+    kind: Product | Convolution | Lookup
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+class Walk:
+    """Evaluates a jaxpr and notes the uses of its weights.
+
+    ``taps`` (by the number of the site) are added to the results of uses; ``captured`` are then
+    the other operands there. Without taps everything is only noted: ``sites``, and ``direct``:
+    leaves that are used in another way, with the reason.
+    """
+
+    def __init__(self, taps: dict[int, jax.Array] | None = None):
+        """Nothing is noted yet."""
+        self.taps = taps or {}
+        self.captured: dict[int, jax.Array] = {}
+        self.sites: list[Site] = []
+        self.direct: dict[int, str] = {}
+        self._count = 0
+
+    def run(
+        self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], origins: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """The outputs of a jaxpr and where they come from."""
+        known: dict[Any, Any] = {
+            v: (c, CONSTANT) for v, c in zip(jaxpr.constvars, consts, strict=True)
+        }
+        known |= {v: pair for v, *pair in zip(jaxpr.invars, values, origins, strict=True)}
+
+        def read(v: Any) -> Any:
+            return (v.val, CONSTANT) if isinstance(v, Literal) else known[v]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(v) for v in eqn.invars]
+            inner = eqn.params.get("jaxpr") if eqn.primitive.name in OPENED else None
+            if inner is not None:
+                opened, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
+                outs = self.run(opened, consts, [v for v, _ in ins], [o for _, o in ins])
+            else:
+                outs = self._equation(eqn, [v for v, _ in ins], [o for _, o in ins])
+            known |= {v: pair for v, *pair in zip(eqn.outvars, *outs, strict=True)}
+        found = [read(v) for v in jaxpr.outvars]
+        return [v for v, _ in found], [o for _, o in found]
+
+    def _equation(
+        self, eqn: Any, values: list[Any], origins: list[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        outs = _bind(eqn, values)
+        ours = [i for i, o in enumerate(origins) if isinstance(o, Weight | Mixed)]
+        seen = any(o is EXAMPLE for o in origins)
+        if not ours:
+            return outs, [EXAMPLE if seen else CONSTANT] * len(outs)
+        if not seen:
+            origin = _moved(eqn, values, origins, ours)
+            return outs, [origin] * len(outs)
+        kind = _kind(eqn, origins, ours)
+        if kind is None:
+            for i in ours:
+                self._note(eqn, origins[i])
+            return outs, [EXAMPLE] * len(outs)
+        weight, other, out = origins[ours[0]], values[1 - ours[0]], outs[0]
+        number, self._count = self._count, self._count + 1
+        self.sites.append(Site(number, weight, kind, out.shape, out.dtype))
+        if number in self.taps:
+            self.captured[number] = other
+            out = out + self.taps[number]
+        return [out], [EXAMPLE]
+
+    def _note(self, eqn: Any, origin: Weight | Mixed) -> None:
+        name, through = eqn.primitive.name, ""
+        leaves = [origin.leaf] if isinstance(origin, Weight) else sorted(origin.leaves)
+        if isinstance(origin, Mixed):
+            through = f" through {origin.by}"
+        for leaf in leaves:
+            reason = "" if name in CHEAP else f"it enters {name}{through}"
+            self.direct[leaf] = self.direct.get(leaf) or reason
+
+
+def _bind(eqn: Any, values: list[Any]) -> list[Any]:
+    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def _moved(eqn: Any, values: list[Any], origins: list[Any], ours: list[int]) -> Weight | Mixed:
+    """Where the result of an equation comes from that no example enters."""
+    name, weight = eqn.primitive.name, origins[ours[0]]
+    simple = len(ours) == 1 and isinstance(weight, Weight)
+    if simple and len(origins) == 1:
+        shape = eqn.outvars[0].aval.shape
+        if name in SAME:
+            return weight
+        if name == "neg":
+            return weight._replace(factor=-weight.factor)
+        if name == "transpose":
+            order = eqn.params["permutation"]
+            axes = None if weight.axes is None else tuple(weight.axes[i] for i in order)
+            return weight._replace(axes=axes, history=(*weight.history, ("transpose", order)))
+        if name in RESHAPED and math.prod(shape) == math.prod(eqn.invars[0].aval.shape):
+            same = shape == eqn.invars[0].aval.shape
+            step = (*weight.history, (name, shape))
+            return weight if same else weight._replace(axes=None, history=step)
+    if simple and len(origins) == 2 and name in ("mul", "div"):
+        at, other = ours[0], values[1 - ours[0]]
+        if jnp.ndim(other) == 0 and (name == "mul" or at == 0):
+            by = jnp.asarray(other, jnp.float32)
+            return weight._replace(factor=weight.factor * (by if name == "mul" else 1 / by))
+    leaves = [{o.leaf} if isinstance(o, Weight) else o.leaves for o in (origins[i] for i in ours)]
+    return Mixed(frozenset().union(*leaves), name)
+
+
+def _kind(eqn: Any, origins: list[Any], ours: list[int]) -> Product | Convolution | Lookup | None:
+    """How the one weight of an equation is used, if in a way whose gradient factorises."""
+    name, at = eqn.primitive.name, ours[0]
+    if len(ours) > 1 or not isinstance(origins[at], Weight) or len(origins) != 2:
+        return None
+    if name == "dot_general":
+        contracted, groups = eqn.params["dimension_numbers"]
+        axes = [range(v.aval.ndim) for v in eqn.invars]
+        left = [
+            tuple(i for i in axes[j] if i not in contracted[j] and i not in groups[j])
+            for j in (0, 1)
+        ]
+
+        def ordered(pair: Any) -> Any:
+            return tuple(pair[at]), tuple(pair[1 - at])
+
+        return Product(at == 0, ordered(contracted), ordered(groups), ordered(left))
+    if name == "conv_general_dilated" and at == 1 and eqn.params["batch_group_count"] == 1:
+        p, d = eqn.params, eqn.params["dimension_numbers"]
+        kernel = tuple(eqn.invars[1].aval.shape[i] for i in d.rhs_spec[2:])
+        return Convolution(
+            *(tuple(d.lhs_spec), tuple(d.rhs_spec), tuple(d.out_spec), kernel),
+            *(tuple(p["window_strides"]), tuple(map(tuple, p["padding"]))),
+            *(tuple(p["lhs_dilation"]), tuple(p["rhs_dilation"]), p["feature_group_count"]),
+        )
+    if name == "gather" and at == 0 and origins[1] is EXAMPLE:
+        d, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+        rows = d.collapsed_slice_dims == d.start_index_map == (0,) and not d.operand_batching_dims
+        whole = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
+        ndim = eqn.outvars[0].aval.ndim
+        last = d.offset_dims == tuple(range(ndim - len(shape) + 1, ndim))
+        if rows and whole and last:
+            return Lookup(shape[0], "CLIP" in str(eqn.params["mode"]).upper())
+    return None

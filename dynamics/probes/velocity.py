@@ -1,0 +1,72 @@
+"""How fast the tangent kernel of chosen examples turns between measurements."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dynamics.data.stream import normalise
+from dynamics.kernel import ntk, velocity
+from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
+
+
+@dataclass(frozen=True, eq=False)
+class KernelVelocity:
+    """``<name>.velocity@<step>`` f32[K, G]: 1 - cos(K_before, K_now) of each group's kernel.
+
+    ``groups[g]`` are the rows of ``data`` (m of them) whose (m C) x (m C) kernel is followed, for
+    all replicas alike, or ``groups[k, g]`` for each its own. The first measurement has nothing
+    before it and is nan. Cost: m C gradients of one example for each group and replica, and the
+    memory of the last kernels, 4 (m C)^2 bytes for each.
+    """
+
+    task: Task
+    data: Dataset
+    groups: Int[np.ndarray, "*k g m"]
+    every: int | Collection[int]
+    name: str = "kernel"
+
+    def start(self, state: TrainState, each: Each) -> PyTree:
+        """Kernels of zeros, whose velocity is nan."""
+        shape = jax.eval_shape(self.task.evaluate, *_one(state, self._batches(state)[0])).logits
+        k, g, m = len(state.step), self.groups.shape[-2], self.groups.shape[-1]
+        c = shape.shape[-1]
+        return [jnp.zeros((k, m, c, m, c), jnp.float32) for _ in range(g)]
+
+    def measure(
+        self, carry: PyTree, state: TrainState, each: Each
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        """The kernels now, and how they turned."""
+        run = each(self._kernel)
+        now, turned = [], []
+        for before, batch in zip(carry, self._batches(state), strict=True):
+            kernel, moved = run((state, before, batch))
+            now.append(kernel)
+            turned.append(moved)
+        return now, {"velocity": jnp.stack(turned, axis=1)}
+
+    def _kernel(self, own: tuple) -> tuple[jax.Array, jax.Array]:
+        state, before, (x, y, rows) = own
+        data = self.data
+        batch = Batch(x=normalise(x, data.mean, data.std), y=y.astype(jnp.int32), index=rows)
+        kernel = ntk(self.task, state, batch)
+        return kernel, velocity(before, kernel)
+
+    def _batches(self, state: TrainState) -> list[tuple]:
+        """Of each group, the examples as stored, with a replica axis."""
+        k = len(state.step)
+        shape = (k, *self.groups.shape[-2:])
+        groups = np.broadcast_to(self.groups, shape)
+        x, y = np.asarray(self.data.x), np.asarray(self.data.y)
+        return [(x[rows], y[rows], rows.astype(np.int32)) for rows in groups.swapaxes(0, 1)]
+
+
+def _one(state: TrainState, batch: tuple) -> tuple:
+    """Shapes of the arguments of ``evaluate`` for one replica."""
+    x, y, rows = (jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in batch)
+    floating = jax.ShapeDtypeStruct(x.shape, jnp.float32)
+    first = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), state)
+    return first.params, first.extras, Batch(x=floating, y=y, index=rows), first.hyperparameters
