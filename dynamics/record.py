@@ -188,7 +188,7 @@ class Recorder:
 
         One process at a time may write a directory. RecordError: it holds another config's run.
         """
-        self.path = Path(path)
+        self.path, self._config, self._about = Path(path), config, about
         (self.path / "arrays").mkdir(parents=True, exist_ok=True)
         for left in self.path.rglob(".*.tmp"):
             left.unlink()
@@ -202,6 +202,10 @@ class Recorder:
         if self._rows.is_file():  # drop the half row of a killed process
             content = self._rows.read_bytes()
             os.truncate(self._rows, content.rfind(b"\n") + 1)
+
+    def stage(self, name: str) -> "Recorder":
+        """A directory in this one for a part of the run, which goes when the run is finished."""
+        return Recorder(self.path / "stages" / name, self._config, self._about)
 
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
         """Rows at the end of the live table; NaN stands for what a row does not have."""
@@ -254,6 +258,7 @@ class Recorder:
         for stored in (self.path / "arrays").glob("*.npz"):
             if stored.stem not in table.arrays:
                 stored.unlink()
+        shutil.rmtree(self.path / "stages", ignore_errors=True)
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -4,7 +4,9 @@ from dynamics.probes.cartography import Cartography
 from dynamics.probes.evaluate import Evaluate
 from dynamics.probes.forgetting import Forgetting
 from dynamics.probes.margins import AreaUnderMargin
+from dynamics.probes.path import Path
 from dynamics.probes.score import Score
+from dynamics.probes.velocity import KernelVelocity
 from dynamics.probes.vog import VarianceOfGradients
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "Cartography",
     "Evaluate",
     "Forgetting",
+    "KernelVelocity",
+    "Path",
     "Score",
     "VarianceOfGradients",
 ]

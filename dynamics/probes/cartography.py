@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from dynamics.probes.presentations import in_turn
 from dynamics.scores.forward import at_probability, per_example
 from dynamics.scores.vog import welford
 from dynamics.types import Aux, PyTree, TrainState
@@ -21,8 +22,8 @@ class Cartography:
     presented. Where an example has several labels, p_y and correctness are the means over them.
 
     ``num_examples`` is the size N of the dataset, also where replicas train on a subset: results
-    are in its order, and what lies beyond is not counted. No example may be twice in a batch. Cost:
-    no forward pass; 16 N bytes a replica.
+    are in its order, and what lies beyond is not counted. An example that is twice in a batch is
+    presented twice. Cost: no forward pass; 16 N bytes a replica.
 
     Reference: Swayamdipta et al. 2020, arXiv 2009.10795. Their formulas have the parameters at the
     end of each epoch, here it is those that the presentation is about to change.
@@ -40,16 +41,21 @@ class Cartography:
 
     def fold(self, carry: PyTree, aux: Aux) -> tuple[PyTree, dict[str, jax.Array]]:
         """One batch taken in; the three metrics f32[N] up to here."""
-        at = aux.index
-        count = carry["count"].at[at].add(1)
         p = per_example(at_probability(aux.logits, aux.y))
-        mean, m2 = welford(count[at], carry["mean"][at], carry["m2"][at], p)
-        carry = {
-            "count": count,
-            "mean": carry["mean"].at[at].set(mean),
-            "m2": carry["m2"].at[at].set(m2),
-            "correct": carry["correct"].at[at].add(per_example(aux.logits.argmax(-1) == aux.y)),
-        }
+        correct = per_example(aux.logits.argmax(axis=-1) == aux.y)
+
+        def present(carry: PyTree, at: jax.Array) -> PyTree:
+            count = carry["count"].at[at].add(1)
+            mean, m2 = welford(count[at], carry["mean"][at], carry["m2"][at], p)
+            return {
+                "count": count,
+                "mean": carry["mean"].at[at].set(mean),
+                "m2": carry["m2"].at[at].set(m2),
+                "correct": carry["correct"].at[at].add(correct),
+            }
+
+        carry = in_turn(aux.index, self.num_examples, carry, present)
+        count = carry["count"]
         times = count.astype(jnp.float32)
         return carry, {
             "confidence": jnp.where(count > 0, carry["mean"], jnp.nan),

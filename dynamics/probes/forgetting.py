@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from dynamics.probes.presentations import in_turn
 from dynamics.types import Aux, PyTree, TrainState
 
 
@@ -18,8 +19,9 @@ class Forgetting:
     presented, never correct. NaN: never presented.
 
     ``num_examples`` is the size N of the dataset, also where replicas train on a subset: results
-    are in its order, and what lies beyond is not counted. No example may be twice in a batch. Cost:
-    no forward pass; 6 N bytes a replica. ValueError, when traced: several labels an example.
+    are in its order, and what lies beyond is not counted. An example that is twice in a batch is
+    presented twice. Cost: no forward pass; 6 N bytes a replica. ValueError, when traced: several
+    labels an example.
 
     Reference: Toneva et al. 2019, arXiv 1812.05159; infinity as in Paul, Ganguli and
     Dziugaite 2021, arXiv 2107.07075 (Toneva et al. count the number of epochs instead).
@@ -39,13 +41,17 @@ class Forgetting:
         """One batch taken in; ``events`` f32[N] up to here."""
         if aux.y.ndim != 1:
             raise ValueError(f"{self.name} needs one label an example, got labels {aux.y.shape}")
-        at, correct = aux.index, aux.logits.argmax(axis=-1) == aux.y
-        forgotten = carry["correct"][at] & ~correct
-        carry = {
-            "presented": carry["presented"].at[at].set(True),
-            "correct": carry["correct"].at[at].set(correct),
-            "events": carry["events"].at[at].add(forgotten.astype(jnp.int32)),
-        }
+        correct = aux.logits.argmax(axis=-1) == aux.y
+
+        def present(carry: PyTree, at: jax.Array) -> PyTree:
+            forgotten = carry["correct"][at] & ~correct
+            return {
+                "presented": carry["presented"].at[at].set(True),
+                "correct": carry["correct"].at[at].set(correct),
+                "events": carry["events"].at[at].add(forgotten.astype(jnp.int32)),
+            }
+
+        carry = in_turn(aux.index, self.num_examples, carry, present)
         learned = carry["correct"] | (carry["events"] > 0)  # forgotten means learned before
         events = jnp.where(learned, carry["events"].astype(jnp.float32), jnp.inf)
         return carry, {"events": jnp.where(carry["presented"], events, jnp.nan)}

@@ -19,8 +19,8 @@ class AreaUnderMargin:
     its margin is the mean over them.
 
     ``num_examples`` is the size N of the dataset, also where replicas train on a subset: results
-    are in its order, and what lies beyond is not counted. Cost: no forward pass; 8 N bytes a
-    replica.
+    are in its order, and what lies beyond is not counted. An example that is twice in a batch is
+    presented twice. Cost: no forward pass; 8 N bytes a replica.
 
     Reference: Pleiss et al. 2020, arXiv 2001.10528. They stop before the first drop of the learning
     rate: measure it at that step.

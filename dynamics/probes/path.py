@@ -1,5 +1,6 @@
 """What lies between pairs of replicas."""
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -54,7 +55,10 @@ class Path:
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Losses and correctness along the first half of each replica's path."""
         half = len(state.step) // 2
-        partner = jax.tree.map(lambda x: jnp.roll(x, half, axis=0), state)
+        params, extras = jax.tree.map(
+            lambda x: jnp.roll(x, half, axis=0), (state.params, state.extras)
+        )
+        partner = dataclasses.replace(state, params=params, extras=extras)
         found = []
         for alpha in alphas(self.points)[: self.points // 2 + 1]:
             here = landscape.between(state, partner, float(alpha))

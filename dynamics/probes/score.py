@@ -15,6 +15,7 @@ from dynamics.types import Dataset, Each, PyTree, Task, TrainState
 class Score:
     """``<name>.score@<step>`` f32[K, N] of every example of ``data``, in dataset order.
 
+    A score that returns several by name gives ``<name>.<its name>@<step>`` for each.
     Replicas may have their own ``labels``. Cost: that of the score, for each replica.
     """
 
@@ -40,4 +41,4 @@ class Score:
             batch_size=self.batch_size,
             each=each,
         )
-        return carry, {"score": scores}
+        return carry, scores if isinstance(scores, dict) else {"score": scores}

@@ -15,9 +15,18 @@ from dynamics.scores.forward import (
     probability,
     probability_margin,
 )
-from dynamics.scores.grand import grand
+from dynamics.scores.grand import gradients, grand, grand_last_layer
 from dynamics.scores.pvi import blank, pvi
-from dynamics.scores.select import keep
+from dynamics.scores.select import (
+    coverage_centric,
+    gradient_variance,
+    keep,
+    probabilities,
+    quotas,
+    random,
+    window,
+)
+from dynamics.scores.tracin import tracin, tracin_self
 from dynamics.scores.vog import class_normalised, dataset_normalised, input_gradient, vog
 
 __all__ = [
@@ -38,4 +47,14 @@ __all__ = [
     "probability_margin",
     "pvi",
     "vog",
+    "coverage_centric",
+    "gradient_variance",
+    "gradients",
+    "grand_last_layer",
+    "probabilities",
+    "quotas",
+    "random",
+    "window",
+    "tracin",
+    "tracin_self",
 ]

@@ -10,6 +10,7 @@
 ``probes.VarianceOfGradients`` does the first three during a run.
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -49,7 +50,7 @@ def input_gradient(
         raise ValueError(f"target must be 'logit' or 'probability', got {target!r}")
 
     def total(x: jax.Array) -> jax.Array:
-        moved = batch.replace(x=x)  # pyright: ignore[reportAttributeAccessIssue]
+        moved = dataclasses.replace(batch, x=x)
         z = task.evaluate(state.params, state.extras, moved, state.hyperparameters).logits
         if target == "probability":
             return at_probability(z, batch.y).sum()

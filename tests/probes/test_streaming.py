@@ -13,7 +13,7 @@ import tiny
 from references import presentations as reference
 
 from dynamics import mesh, step
-from dynamics.data.stream import resident
+from dynamics.data.stream import resident, take
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting
 from dynamics.record import Recorder
 from dynamics.types import Aux, Results, TrainState
@@ -111,12 +111,12 @@ def test_the_spread_of_what_hardly_changes_keeps_its_digits() -> None:
     np.testing.assert_allclose(found["cartography.confidence"], p.mean(), rtol=1e-6)
 
 
-def random_steps(seed: int = 0, n: int = 9, k: int = 4, t: int = 12) -> list[Any]:
+def random_steps(seed: int = 0, n: int = 9, k: int = 4, repeat: bool = False) -> list[Any]:
     generator = np.random.default_rng(seed)
     y = generator.integers(0, k, n)
     steps = []
-    for _ in range(t):
-        index = generator.permutation(n)[: n // 2]
+    for _ in range(12):
+        index = generator.integers(0, n, 6) if repeat else generator.permutation(n)[: n // 2]
         steps.append((index, generator.normal(0, 3, (len(index), k)).astype(np.float32), y[index]))
     return steps
 
@@ -127,9 +127,12 @@ def assert_same(a: dict[str, np.ndarray], b: dict[str, np.ndarray], rtol: float 
         np.testing.assert_allclose(a[name], b[name], rtol=rtol, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("repeat", [False, True], ids=["different", "with repeats"])
 @pytest.mark.parametrize("make", PROBES)
-def test_random_sequences_against_the_list_of_presentations(make: Any) -> None:
-    steps = random_steps()
+def test_random_sequences_against_the_list_of_presentations(make: Any, repeat: bool) -> None:
+    """An example that is several times in a batch is presented several times, in its order."""
+    steps = random_steps(repeat=repeat)
+    assert repeat == any(len(set(index)) < len(index) for index, _, _ in steps)
     found = folded(make(9, 1), steps)
     for name, values in found.items():
         seen = [reference.history(steps, i) for i in range(9)]
@@ -302,6 +305,27 @@ def test_a_run_cut_and_continued_has_the_same_bits(tmp_path: Any) -> None:
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     for x, y in zip(tiny.leaves(whole), tiny.leaves(results), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(("shape", "how"), [((1, 1, 1), "vmap"), ((2, 2, 2), "map")])
+def test_batches_drawn_with_replacement(shape: Any, how: Any) -> None:
+    """As importance sampling makes them; replicas have their repeats in different batches."""
+    p = tiny.problem("mlp")
+    plain = tiny.batches(p, 2)
+
+    def batch(shared: Any, own: Any, fed: Any, key: Any, at: Any) -> Any:
+        key = jax.random.fold_in(key, at)
+        return take(shared, jax.random.randint(key, (tiny.BATCH,), 0, 12))
+
+    stream = plain._replace(batch=batch)
+    watch = [*probes(), Tape(20)]
+    results = tiny.run(p, mesh.make(*shape), 2, how=how, stream=stream, probes=watch)
+    most = [
+        [np.bincount(index).max() for index, _, _ in Tape.steps(results, replica, 20)]
+        for replica in range(2)
+    ]
+    assert max(most[0]) > 2 and most[0] != most[1]
+    assert_follows_the_tape(results)
 
 
 def test_accumulated_batches_are_presented_once() -> None:

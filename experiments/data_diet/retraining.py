@@ -1,0 +1,236 @@
+"""Studies that retrain on subsets: against the fraction, the epoch, the window; transfer."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dynamics import scores
+from dynamics.data.sources import Splits
+from dynamics.record import Recorder, Table
+from experiments.data_diet import scoring, training
+from experiments.data_diet.config import Config, Pruning, Timing, Transfer, Window
+from experiments.data_diet.config import scoring as scoring_config
+from experiments.data_diet.scoring import Arrays, Scored
+from experiments.data_diet.training import Subset
+
+SHARED = ("input_norm", "index", "labels", "mislabelled", "diverged")
+Choose = Callable[[Config, Arrays], list[Subset]]
+
+
+def prune(
+    points: Sequence[Config],
+    scored: Scored,
+    data: Splits,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+) -> list[Table]:
+    """Rows for each (method, fraction, replica); ``full`` is all data.
+
+    Arrays: ``el2n``, ``grand`` f32[R, N] at ``scored_at``, ``el2n_init``, ``grand_init`` f32[R, N]
+    if epoch 0 was scored, and what the scoring stage says of the examples.
+    """
+
+    def choose(point: Config, arrays: Arrays) -> list[Subset]:
+        study = point.study
+        assert isinstance(study, Pruning)
+        options = {"at": study.scored_at, "balanced": study.balanced, "cutoff": study.cutoff}
+        return [_all(arrays, study.replicas, fraction=1.0)] + [
+            _subset(point, arrays, m, f, study.replicas, {"fraction": f}, **options)
+            for f in study.fractions
+            for m in study.methods
+        ]
+
+    def kept(point: Config, arrays: Arrays) -> Arrays:
+        at = point.study.scored_at  # pyright: ignore[reportAttributeAccessIssue]
+        names = {f"{s}@{at:g}": s for s in ("el2n", "grand")}
+        names |= {f"{s}@0": f"{s}_init" for s in ("el2n", "grand") if f"{s}@0" in arrays}
+        return {short: arrays[name] for name, short in names.items()}
+
+    return _retrained(points, scored, choose, kept, data, mesh, recorder)
+
+
+def time(
+    points: Sequence[Config],
+    scored: Scored,
+    data: Splits,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+) -> list[Table]:
+    """Rows for each (method, scored_at, replica); ``scored_at`` is nan for ``random`` and ``full``.
+
+    Scores of the training stream (forgetting, aum) begin at the first epoch above 0.
+    """
+
+    def choose(point: Config, arrays: Arrays) -> list[Subset]:
+        study = point.study
+        assert isinstance(study, Timing)
+        rest = {"fraction": study.kept, "scored_at": np.nan}
+        out = [_all(arrays, study.replicas, **rest | {"fraction": 1.0})]
+        out.append(_subset(point, arrays, "random", study.kept, study.replicas, rest, at=0.0))
+        for method, epoch in itertools.product(study.methods, point.score.epochs):
+            if f"{method}@{epoch:g}" in arrays:
+                columns = {"fraction": study.kept, "scored_at": epoch}
+                hard = f"{method}_hard"
+                out.append(
+                    _subset(point, arrays, hard, study.kept, study.replicas, columns, at=epoch)
+                )
+        return out
+
+    return _retrained(points, scored, choose, lambda *_: {}, data, mesh, recorder)
+
+
+def slide(
+    points: Sequence[Config],
+    scored: Scored,
+    data: Splits,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+) -> list[Table]:
+    """Rows for each (dropped, replica) of method ``window``, and of ``random``, ``easy``, ``full``.
+
+    ``dropped`` is the fraction of hardest examples left out, ``offset`` the number of easiest.
+    """
+
+    def choose(point: Config, arrays: Arrays) -> list[Subset]:
+        study, n = point.study, len(arrays["index"])
+        assert isinstance(study, Window)
+        mean, count, r = (
+            scoring.mean(arrays, f"el2n@{study.scored_at:g}"),
+            round(study.kept * n),
+            study.replicas,
+        )
+        rest = {"fraction": study.kept, "dropped": np.nan, "offset": np.nan}
+        out = [_all(arrays, r, **rest | {"fraction": 1.0})]
+        for method, name in (("random", "random"), ("el2n_easy", "easy")):
+            found = _subset(point, arrays, method, study.kept, r, rest, at=study.scored_at)
+            out.append(found._replace(columns=found.columns | {"method": name}))
+        for part in study.dropped:
+            drop = min(round(part * n), n - count)
+            rows = scores.window(mean, count, drop=drop, seed=point.seed)
+            columns = {"method": "window", "dropped": part, "offset": n - count - drop}
+            out.append(Subset(rest | columns, [rows] * r))
+        return out
+
+    def kept(point: Config, arrays: Arrays) -> Arrays:
+        return {"el2n": arrays[f"el2n@{point.study.scored_at:g}"]}  # pyright: ignore
+
+    return _retrained(points, scored, choose, kept, data, mesh, recorder)
+
+
+def transfer(
+    points: Sequence[Config],
+    scored: Scored,
+    data: Splits,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+) -> list[Table]:
+    """Rows for each (target, source, replica): ``target`` is trained on the hardest of ``source``.
+
+    Settings: ``own``, ``model`` (the other architecture) and ``rate`` (the other learning rate);
+    source ``random`` is a random subset, ``full`` all data. Arrays: ``el2n_<setting>`` f32[R, N].
+    """
+    settings = {
+        name: [_changed(point, name) for point in points] for name in ("own", "model", "rate")
+    }
+    banks = {
+        name: scored([scoring_config(point) for point in changed])
+        for name, changed in settings.items()
+    }
+    tables: list[list[dict]] = [[] for _ in points]
+    for target, changed in settings.items():
+        subsets = []
+        for p, point in enumerate(points):
+            study = point.study
+            assert isinstance(study, Transfer)
+            own, r, at = banks["own"][p], study.replicas, study.scored_at
+            columns = {"target": target, "source": "full", "fraction": 1.0}
+            mine = [_all(own, r, **columns)]
+            for source in ("random", *settings):
+                arrays = own if source == "random" else banks[source][p]
+                method = "random" if source == "random" else "el2n_hard"
+                columns = {"target": target, "source": source, "fraction": study.kept}
+                mine.append(_subset(point, arrays, method, study.kept, r, columns, at=at))
+            subsets.append(mine)
+        rows = training.retrained(
+            *([c.train for c in changed], [p.seed for p in points]),
+            training.net_of(changed[0].model, data),
+            *(subsets, [b["labels"] for b in banks["own"]], data, points[0].study.epochs, mesh),  # pyright: ignore
+            recorder and recorder.stage(target),
+            f"retrain {target}",
+        )
+        for p, found in enumerate(rows):
+            tables[p].append(found)
+    out = []
+    for p, parts in enumerate(tables):
+        columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        at = points[p].study.scored_at  # pyright: ignore[reportAttributeAccessIssue]
+        arrays = {f"el2n_{name}": bank[p][f"el2n@{at:g}"] for name, bank in banks.items()}
+        arrays |= {name: banks["own"][p][name] for name in SHARED}
+        out.append(Table({"stage": np.full(len(columns["kept"]), "transfer")} | columns, arrays))
+    return out
+
+
+def _changed(point: Config, name: str) -> Config:
+    """The point with the model or the learning rate of its study."""
+    study = point.study
+    assert isinstance(study, Transfer)
+    if name == "model":
+        return dataclasses.replace(point, model=study.model)
+    if name == "rate":
+        train = dataclasses.replace(point.train, learning_rate=study.learning_rate)
+        return dataclasses.replace(point, train=train)
+    return point
+
+
+def _retrained(
+    points: Sequence[Config],
+    scored: Scored,
+    choose: Choose,
+    keep: Callable[[Config, Arrays], Arrays],
+    data: Splits,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+) -> list[Table]:
+    """The table of each point, from the subsets that it chooses by its scores."""
+    banks = scored([scoring_config(point) for point in points])
+    rows = training.retrained(
+        *([point.train for point in points], [point.seed for point in points]),
+        training.net_of(points[0].model, data),
+        [choose(point, arrays) for point, arrays in zip(points, banks, strict=True)],
+        *([arrays["labels"] for arrays in banks], data),
+        points[0].study.epochs,  # pyright: ignore[reportAttributeAccessIssue]
+        *(mesh, recorder),
+    )
+    stage = type(points[0].study).__name__.lower()
+    tables = []
+    for point, arrays, columns in zip(points, banks, rows, strict=True):
+        mine = {name: arrays[name] for name in SHARED} | keep(point, arrays)
+        tables.append(Table({"stage": np.full(len(columns["kept"]), stage)} | columns, mine))
+    return tables
+
+
+def _all(arrays: Arrays, replicas: int, **columns: object) -> Subset:
+    named = {"method": "full"} | columns if "source" not in columns else columns
+    return Subset(named, [np.arange(len(arrays["index"]))] * replicas)
+
+
+def _subset(
+    point: Config,
+    arrays: Arrays,
+    method: str,
+    fraction: float,
+    replicas: int,
+    columns: dict,
+    **options: object,
+) -> Subset:
+    """What a method keeps, for each paired seed."""
+    count = round(fraction * len(arrays["index"]))
+    rows = [
+        scoring.chosen(method, arrays, count, point.seed, replica, **options)  # pyright: ignore
+        for replica in range(replicas)
+    ]
+    named = columns if "source" in columns else {"method": method} | columns
+    return Subset(named, rows)
