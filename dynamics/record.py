@@ -272,6 +272,28 @@ def write(path: Path, content: str | bytes) -> None:
     os.replace(temporary, path)
 
 
+def export(
+    folder: Path | str, name: str, columns: Mapping[str, np.ndarray], about: Mapping[str, Any]
+) -> list[Path]:
+    """A table as NAME.npz and NAME.parquet, and NAME.json that says what it is; their paths.
+
+    Each appears whole or not at all. ValueError: columns of different lengths.
+    """
+    lengths = {column: len(values) for column, values in columns.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the columns of a table must be equally long, got {lengths}")
+    packed, table = io.BytesIO(), io.BytesIO()
+    np.savez(packed, **columns)  # pyright: ignore[reportArgumentType]
+    pl.DataFrame(dict(columns)).write_parquet(table)
+    contents = {"npz": packed.getvalue(), "parquet": table.getvalue()}
+    text = json.dumps({"name": name, "columns": list(columns), **about}, indent=1)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = [Path(folder, f"{name}.{suffix}") for suffix in (*contents, "json")]
+    for path, content in zip(paths, [*contents.values(), text], strict=True):
+        write(path, content)
+    return paths
+
+
 def provenance(about: Mapping[str, Any]) -> dict[str, Any]:
     """What made a result: code, versions, machine, command, time; and ``about``."""
     here = Path(__file__).parent

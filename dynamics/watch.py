@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -42,6 +43,7 @@ class Watch:
     def measure(self, state: TrainState, done: int, num_steps: int) -> dict[str, jax.Array]:
         """The metrics of the probes that are due after ``done`` steps."""
         found: dict[str, jax.Array] = {}
+        given = {id(leaf) for leaf in jax.tree.leaves(state)}  # which the next step will overwrite
         for name, probe in self._probes.items():
             last = done == num_steps and isinstance(probe.every, int)
             if not (last or next_due(probe.every, done - 1) == done):
@@ -51,6 +53,7 @@ class Watch:
             else:
                 assert not isinstance(probe, StepProbe)
                 self.carries[name], metrics = probe.measure(self.carries[name], state, self._each)
+                metrics = {k: jnp.copy(v) if id(v) in given else v for k, v in metrics.items()}
             found |= {f"{name}.{metric}": value for metric, value in metrics.items()}
         return found
 

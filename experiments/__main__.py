@@ -17,13 +17,15 @@ import tyro
 
 import experiments
 from dynamics import config as configs
-from experiments import progress
+from experiments import export, progress
 
 USAGE = """\
 usage: python -m experiments NAME [PRESET.py] [--flags]
            one run; NAME --help lists every value with its meaning and default
        python -m experiments sweep NAME [PRESET.py] [--field VALUE VALUE ...] ...
            every point of the grid; without fields, the preset's own sweep
+       python -m experiments export RUN [--keep PART --score NAME]
+           scores of a finished run, and a chosen subset, as npz and parquet
 
 experiments: {names}
 presets:     configs/<experiment>/*.py
@@ -55,8 +57,10 @@ class Refused(Exception):
 def main(argv: Sequence[str]) -> int:
     """Carry out a command; the exit status: 0 done, 2 refused."""
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
-    names = [n for n in names if n not in ("__main__", "progress", "launch")]
+    names = [n for n in names if n not in ("__main__", "progress", "launch", "export")]
     usage = USAGE.format(names=", ".join(names))
+    if argv[:1] == ["export"]:
+        return export.main(argv[1:])
     if (
         not argv
         or argv[0] in ("-h", "--help")

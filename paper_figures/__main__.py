@@ -1,8 +1,9 @@
 """``python -m paper_figures [NAME ...] [--runs runs] [--out out]``: the gallery.
 
-A NAME is a figure or an experiment, which stands for all its figures; without one, every figure is
-drawn that has a finished run. The newest run of an experiment is drawn as OUT/<figure>.pdf (.png,
-.csv, .json), each older one as OUT/<figure>-<first 8 characters of its fingerprint>.pdf.
+A NAME is a figure or an experiment, which stands for all its figures that have a finished run, and
+so does no name at all for every experiment. Runs that differ only in what a figure shows together
+(its noise levels, say) are drawn as one. The newest are drawn as OUT/<figure>.pdf (.png, .csv,
+.json), all older ones as OUT/<figure>-<first 8 characters of the first run's fingerprint>.pdf.
 
 The exit status is 0 if all that was asked for was drawn, 1 if something has no run or could not be
 drawn, 2 for a name that isn't known.
@@ -10,11 +11,13 @@ drawn, 2 for a name that isn't known.
 
 import argparse
 import importlib
+import json
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import paper_figures
 from dynamics import record
@@ -44,46 +47,88 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
     parser.add_argument("--out", type=Path, default=Path("out"), help="default: out")
     args = parser.parse_args(argv)
-    for name in args.names:
-        if not any(name in (figure, module.EXPERIMENT) for figure, module in known.items()):
-            print(f"no figure {name!r}; there are: {', '.join(known)}", file=sys.stderr)
-            return 2
-    asked = {
-        figure: module
-        for figure, module in known.items()
-        if not args.names or figure in args.names or module.EXPERIMENT in args.names
-    }
-    found = {figure: record.runs(args.runs, m.EXPERIMENT) for figure, m in asked.items()}
-    lacking = [figure for figure, paths in found.items() if not paths]
-    if lacking and (args.names or len(lacking) == len(asked)):
-        for figure in lacking:
-            print(_no_run(figure, asked[figure], args.runs), file=sys.stderr)
+    meant = {name: [f for f, m in known.items() if name in (f, m.EXPERIMENT)] for name in args.names}
+    for name in [name for name, mine in meant.items() if not mine]:
+        print(f"no figure {name!r}; there are: {', '.join(known)}", file=sys.stderr)
+        return 2
+    meant = meant or {"": list(known)}
+    asked = {f: m for f, m in known.items() if any(f in mine for mine in meant.values())}
+    stored = {e: _stored(args.runs, e) for e in dict.fromkeys(m.EXPERIMENT for m in asked.values())}
+    found = {figure: grouped(m, stored[m.EXPERIMENT]) for figure, m in asked.items()}
+    # of an experiment any figure will do; a figure asked for by its own name must be there
+    lacking = {f for mine in meant.values() if not any(found[f] for f in mine) for f in mine}
+    for figure in [figure for figure in asked if figure in lacking]:
+        print(_no_run(figure, asked[figure], args.runs), file=sys.stderr)
     drawn = [
-        _draw(figure, asked[figure], path, args.out, newest=path == paths[-1])
-        for figure, paths in found.items()
-        for path in reversed(paths)
+        _draw(figure, asked[figure], paths, args.out, newest=i == 0)
+        for figure, groups in found.items()
+        for i, paths in enumerate(groups)
     ]
-    enough = not lacking if args.names else bool(drawn)
-    return 0 if enough and all(drawn) else 1
+    return 0 if not lacking and all(drawn) else 1
 
 
-def _draw(figure: str, module: ModuleType, path: Path, out: Path, *, newest: bool) -> bool:
-    """Draw one run and print its files and claims; whether that worked."""
-    name = figure if newest else f"{figure}-{path.name[:8]}"
+def _stored(runs: Path, experiment: str) -> dict[Path, dict[str, Any]]:
+    """The configs of the finished runs, the newest last."""
+    found = {}
+    for path in record.runs(runs, experiment):
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except (OSError, ValueError) as error:
+            print(f"{path}: skipped: no readable config.json ({error})", file=sys.stderr)
+            continue
+        if not isinstance(config, dict) or not isinstance(config.get("study", {}), dict):
+            print(f"{path}: skipped: its config is not one of today's", file=sys.stderr)
+        else:
+            found[path] = config
+    return found
+
+
+def grouped(module: ModuleType, stored: Mapping[Path, dict[str, Any]]) -> list[list[Path]]:
+    """The runs that each figure of the module shows together, the newest figure first.
+
+    Within a figure they are in the order of the fields they differ in.
+    """
+    study, together = getattr(module, "STUDY", None), getattr(module, "TOGETHER", ())
+    groups: dict[str, list[Path]] = {}
+    for path, config in reversed(stored.items()):
+        if study is not None and config.get("study", {}).get("kind") != study:
+            continue
+        rest = {name: value for name, value in config.items() if name not in together}
+        groups.setdefault(json.dumps(rest, sort_keys=True), []).append(path)
+
+    def place(path: Path) -> list[Any]:
+        values = [stored[path].get(name) for name in together]
+        return [
+            (0, v, "") if isinstance(v, int | float) else (1, 0, json.dumps(v, sort_keys=True))
+            for v in values
+        ]
+
+    return [sorted(paths, key=place) for paths in groups.values()]
+
+
+def _draw(figure: str, module: ModuleType, paths: list[Path], out: Path, *, newest: bool) -> bool:
+    """Draw the runs of one figure and print its files and claims; whether that worked."""
+    name = figure if newest else f"{figure}-{paths[0].name[:8]}"
     try:
-        paths, claims = module.draw(record.read(path), out, name=name)
+        files, claims = module.draw([record.read(path) for path in paths], out, name=name)
     except (record.RecordError, ValueError) as error:
         print(f"{name}: not drawn: {error}", file=sys.stderr)
         return False
-    suffixes = " ".join(p.suffix for p in list(paths.values())[1:])
-    print(f"{paths['pdf']} {suffixes}  from {path}\n{draw.report(claims)}\n")
+    suffixes = " ".join(p.suffix for p in list(files.values())[1:])
+    source = str(paths[0])
+    if len(paths) > 1:
+        source = f"{paths[0].parent}/{{{','.join(path.name for path in paths)}}}"
+    print(f"{files['pdf']} {suffixes}  from {source}\n{draw.report(claims)}\n")
     return True
 
 
 def _no_run(figure: str, module: ModuleType, runs: Path) -> str:
+    study = getattr(module, "STUDY", None)
     command = f"python -m experiments {module.EXPERIMENT} configs/{module.EXPERIMENT}"
-    return f"{figure}: no finished run in {runs / module.EXPERIMENT}; make one with: {command}/" + (
-        f"{module.PRESET}.py"
+    return (
+        f"{figure}: no finished run{f' of {study}' if study else ''} in "
+        f"{runs / module.EXPERIMENT}; make one with: {command}/{module.PRESET}.py"
+        f"{f' --study {study.lower()}' if study else ''}"
     )
 
 

@@ -7,10 +7,11 @@ batched products. A is a list of blocks of columns, [G, T, m_j] each, or the pos
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from dynamics.ghost.factors import Factors, Part
@@ -50,7 +51,15 @@ def products(one: Factors, other: Factors) -> Float[Array, "b c"]:
 # One example
 
 
-Side = tuple[jax.Array, ...] | jax.Array  # blocks [G, T, m_j], or the positions i32[T] of ones
+@struct.dataclass
+class _OneHot:
+    """Rows of zeros but for a one at ``index`` i32[T]; ``size`` columns."""
+
+    index: jax.Array
+    size: int = struct.field(pytree_node=False)
+
+
+Side = tuple[jax.Array, ...] | _OneHot  # blocks of columns [G, T, m_j]
 
 
 class _Rows(NamedTuple):
@@ -67,84 +76,98 @@ def _length(gradient: jax.Array) -> jax.Array:
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """The largest magnitude, or 1: to divide by before squaring."""
-    largest = jnp.abs(x).max(initial=0)
-    return jnp.where(largest > 0, largest, 1)
+    """The largest magnitude, or 1 if it is 0, not finite or of positions: to divide by."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.float32(1)
+    largest = jnp.abs(x).max(initial=0).astype(jnp.float32)
+    return jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
 
 
 def _length_of_parts(parts: tuple[Part, ...]) -> jax.Array:
-    unit = jnp.stack([_unit(part.d) for part in parts]).max()
-    rows = _joined([_rows(part.a, part.d / unit, part) for part in parts])
-    t, m, n = _sizes(rows)
-    if _dense(rows) and m * n < t * (m + n):
-        squared = jnp.sum(_made(rows[0]) ** 2)
-    else:
-        squared = _meet_all(rows, rows)
-    return unit * jnp.sqrt(jnp.maximum(squared, 0))
-
-
-def _dense(rows: list[_Rows]) -> bool:
-    """Whether there are one A and one D, both of numbers."""
-    return len(rows) == 1 and all(isinstance(side, tuple) for side in rows[0])
+    units = [(_unit(part.a), _unit(part.d)) for part in parts]
+    each = jnp.stack([a * d for a, d in units])
+    whole = _unit(each)
+    rows = []
+    for part, (a, d), share in zip(parts, units, each / whole, strict=True):
+        scaled = part.a if isinstance(part.kind, Lookup) else part.a.astype(jnp.float32) / a
+        rows.append(_rows(scaled, part.d / d * share, part))
+    rows = _joined(rows)
+    t, entries, width = _sizes(rows)
+    squared = jnp.sum(_made(rows) ** 2) if entries < t * width else _meet_all(rows, rows)
+    return whole * jnp.sqrt(jnp.maximum(squared, 0))
 
 
 def _sizes(rows: list[_Rows]) -> tuple[int, int, int]:
-    """T of all uses, and the widths of A and D, where a one-hot row is 1 wide."""
+    """T of all uses, m n of the gradient, and m + n, where a one-hot row is 1 wide."""
 
-    def width(side: Side) -> int:
-        return sum(block.shape[-1] for block in side) if isinstance(side, tuple) else 1
+    def widths(side: Side) -> tuple[int, int, int]:
+        if isinstance(side, _OneHot):
+            return side.index.shape[-1], side.size, 1
+        m = sum(block.shape[-1] for block in side)
+        return side[0].shape[-2], m, m
 
-    t = sum(r.d[0].shape[-2] if isinstance(r.d, tuple) else r.d.shape[-1] for r in rows)
-    return t, max(width(r.a) for r in rows), max(width(r.d) for r in rows)
+    found = [(widths(r.a), widths(r.d)) for r in rows]
+    (_, m, _), (_, n, _) = found[0]
+    return sum(a[0] for a, _ in found), m * n, max(a[2] + d[2] for a, d in found)
 
 
-def _made(rows: _Rows) -> jax.Array:
-    """The gradient, [G, m, n]."""
-    (d,) = rows.d if len(rows.d) == 1 else (jnp.concatenate(rows.d, axis=-1),)
-    made = [jnp.einsum("gtm,gtn->gmn", a, d, precision=EXACT) for a in rows.a]
+def _made(rows: list[_Rows]) -> jax.Array:
+    """The gradient, [G, m, n]: the sum over its uses."""
+    return sum((_outer(r.a, r.d) for r in rows), jnp.float32(0))
+
+
+def _outer(a: Side, d: Side) -> jax.Array:
+    """A^T D."""
+    if isinstance(d, _OneHot):
+        return _outer(d, a).swapaxes(1, 2)
+    whole = jnp.concatenate(d, axis=-1)
+    if isinstance(a, _OneHot):
+        return jnp.zeros((1, a.size, whole.shape[-1])).at[0, a.index].add(whole[0])
+    made = [jnp.einsum("gtm,gtn->gmn", block, whole, precision=EXACT) for block in a]
     return jnp.concatenate(made, axis=1)
 
 
 def _meet_all(left: list[_Rows], right: list[_Rows]) -> jax.Array:
     """The inner product of two gradients, each the sum over its uses."""
-    return sum((_meet(u, v) for u in left for v in right), jnp.float32(0))
-
-
-def _meet(u: _Rows, v: _Rows) -> jax.Array:
-    """``<A_u^T D_u, A_v^T D_v>``."""
-    return jnp.sum(_gram(u.a, v.a) * _gram(u.d, v.d))
+    pairs = itertools.product(left, right)
+    return sum((jnp.sum(_gram(u.a, v.a) * _gram(u.d, v.d)) for u, v in pairs), jnp.float32(0))
 
 
 def _gram(left: Side, right: Side) -> jax.Array:
-    """Inner products of rows [G, T, S]; positions stand for one-hot rows."""
-    if not isinstance(left, tuple) and not isinstance(right, tuple):
-        return (left[:, None] == right[None, :]).astype(jnp.float32)[None]
-    if not isinstance(left, tuple):
+    """Inner products of rows [G, T, S]."""
+    if isinstance(left, _OneHot) and isinstance(right, _OneHot):
+        return (left.index[:, None] == right.index[None, :]).astype(jnp.float32)[None]
+    if isinstance(left, _OneHot):
         return _gram(right, left).swapaxes(1, 2)
-    if not isinstance(right, tuple):
-        return jnp.take(jnp.concatenate(left, axis=-1), right, axis=-1, mode="fill", fill_value=0)
+    if isinstance(right, _OneHot):
+        return jnp.take(jnp.concatenate(left, axis=-1), right.index, axis=-1)
     pairs = zip(left, right, strict=True)
     each = [jnp.einsum("gtm,gsm->gts", a, b, precision=EXACT) for a, b in pairs]
     return sum(each[1:], each[0])
 
 
 def _joined(rows: list[_Rows]) -> list[_Rows]:
-    """Uses that are all dense as one, with all their rows."""
-    if len(rows) == 1 or not all(_dense([r]) and len(r.a) == len(r.d) == 1 for r in rows):
-        return rows
-    a, d = (
-        jnp.concatenate([side[0] for side in sides], axis=1) for sides in zip(*rows, strict=True)
-    )
-    return [_Rows((a,), (d,))]
+    """Uses of one kind as one, with all their rows."""
+    kinds: dict[Any, list[_Rows]] = {}
+    for r in rows:
+        kinds.setdefault((isinstance(r.a, _OneHot), isinstance(r.d, _OneHot)), []).append(r)
+
+    def all_rows(*xs: jax.Array) -> jax.Array:
+        return jnp.concatenate(xs, axis=max(xs[0].ndim - 2, 0))
+
+    return [jax.tree.map(all_rows, *same) for same in kinds.values()]
 
 
 def _rows(a: jax.Array, d: jax.Array, part: Part) -> _Rows:
     """The rows of one use by one example."""
     kind = part.kind
     if isinstance(kind, Lookup):
-        at = a.reshape(-1)
-        at = jnp.clip(at, 0, kind.rows - 1) if kind.clipped else at
-        found = _Rows(at, (d.reshape(1, len(at), -1),))
+        at = a[..., kind.column].reshape(-1).astype(jnp.int32)
+        inside = jnp.clip(at, 0, kind.rows - 1)
+        d = d.reshape(1, len(at), math.prod(d.shape) // max(len(at), 1))
+        if not kind.clipped:
+            d = jnp.where((at == inside)[None, :, None], d, 0)
+        found = _Rows(_OneHot(inside, kind.rows), (d,))
     elif isinstance(kind, Product):
         found = _product(a, d, kind)
     else:
@@ -195,10 +218,9 @@ def _products_of_parts(left: tuple[Part, ...], right: tuple[Part, ...]) -> jax.A
 
     one, other = jax.vmap(rows)(left), jax.vmap(rows)(right)
     b, c = len(left[0].d), len(right[0].d)
-    t, m, n = _sizes(one)
-    if _dense(one) and (b + c) * t * m * n + b * c * m * n < b * c * t**2 * (m + n):
-        flat = (jax.vmap(_made)(r[0]).reshape(k, -1) for r, k in ((one, b), (other, c)))
-        return _all_pairs(*flat)
+    t, entries, width = _sizes(one)
+    if (b + c) * t * entries + b * c * entries < b * c * t**2 * width:
+        return _all_pairs(*(jax.vmap(_made)(r).reshape(k, -1) for r, k in ((one, b), (other, c))))
     return jax.vmap(lambda u: jax.vmap(lambda v: _meet_all(u, v))(other))(one)
 
 

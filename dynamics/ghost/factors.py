@@ -75,7 +75,7 @@ def factors(
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
     leaves, treedef = jax.tree.flatten(params)
-    chosen = [bool(re.search(only, name)) for name in names]
+    chosen = [bool(re.search(only, n)) and _floating(x) for n, x in zip(names, leaves, strict=True)]
     if not any(chosen):
         raise ValueError(f"no parameter has {only!r} in its path; there are {names}")
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
@@ -104,10 +104,19 @@ def factors(
     gradient = jax.grad(tapped, argnums=(0, 1), has_aux=True)
     found, seen = jax.vmap(gradient, in_axes=(None, None, 0))(taps, own, examples)
     (deltas, gradients), (captured, scales) = found, seen
+    size = len(jax.tree.leaves(examples)[0])
+    gradients |= {i: jnp.zeros((size, 0)) for i in unused}
     return _collected(sites, names, deltas, gradients, captured, scales)
 
 
 # What is factored
+
+
+def _floating(leaf: Leaf) -> bool:
+    dtype = jax.dtypes.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise ValueError(f"parameters must be real, got one of {dtype}")
+    return jnp.issubdtype(dtype, jnp.floating)
 
 
 def _plan(

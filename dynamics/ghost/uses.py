@@ -68,6 +68,7 @@ class Lookup(NamedTuple):
     """A use as a table whose rows are taken."""
 
     rows: int
+    column: int  # of the other operand's last axis: where the row is written
     clipped: bool  # an index outside is the last row's; else it has no row
 
 
@@ -166,7 +167,7 @@ def _moved(eqn: Any, values: list[Any], origins: list[Any], ours: list[int]) -> 
     simple = len(ours) == 1 and isinstance(weight, Weight)
     if simple and len(origins) == 1:
         shape = eqn.outvars[0].aval.shape
-        if name in SAME:
+        if name in SAME and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating):
             return weight
         if name == "neg":
             return weight._replace(factor=-weight.factor)
@@ -213,11 +214,19 @@ def _kind(eqn: Any, origins: list[Any], ours: list[int]) -> Product | Convolutio
             *(tuple(p["lhs_dilation"]), tuple(p["rhs_dilation"]), p["feature_group_count"]),
         )
     if name == "gather" and at == 0 and origins[1] is EXAMPLE:
-        d, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
-        rows = d.collapsed_slice_dims == d.start_index_map == (0,) and not d.operand_batching_dims
-        whole = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:])
-        ndim = eqn.outvars[0].aval.ndim
-        last = d.offset_dims == tuple(range(ndim - len(shape) + 1, ndim))
-        if rows and whole and last:
-            return Lookup(shape[0], "CLIP" in str(eqn.params["mode"]).upper())
+        return _lookup(eqn)
+    return None
+
+
+def _lookup(eqn: Any) -> Lookup | None:
+    """What a gather takes, if that is whole rows of its operand, side by side."""
+    d, shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    clipped = "CLIP" in str(eqn.params["mode"]).upper()  # also moves whole axes back to 0
+    by_row = 0 in d.start_index_map and (clipped or d.start_index_map == (0,))
+    whole = tuple(eqn.params["slice_sizes"]) == (1, *shape[1:]) and not d.operand_batching_dims
+    ndim = eqn.outvars[0].aval.ndim
+    taken = len(shape) - len(d.collapsed_slice_dims)
+    last = d.offset_dims == tuple(range(ndim - taken, ndim))
+    if by_row and whole and last and d.collapsed_slice_dims in ((), (0,)):
+        return Lookup(shape[0], d.start_index_map.index(0), clipped)
     return None

@@ -33,6 +33,8 @@ class Scoring:
     """Epochs of the full data after which every example is scored; the last ends the training"""
     replicas: Count = 10
     """Independent runs (initialisation and order) that scores are averaged over"""
+    horizon: NonNegative = 0.0
+    """Epochs that the learning-rate schedule spans, at least the last of epochs; 0: just those"""
     also: tuple[Literal["vog", "pvi"], ...] = ()
     """vog: 8 bytes more for each input number and run; pvi: as many runs again, on blank inputs"""
 
@@ -41,6 +43,11 @@ class Scoring:
             raise ValueError(
                 f"Scoring.epochs must rise and end above 0, got {self.epochs}: the last of them "
                 "ends the training"
+            )
+        if self.horizon and self.horizon < self.epochs[-1]:
+            raise ValueError(
+                f"Scoring.horizon must be 0 or >= the last epoch {self.epochs[-1]:g}, got "
+                f"{self.horizon:g}"
             )
 
 

@@ -36,7 +36,7 @@ def at_rest(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]
         "grand": scores.grand(task, state, batch),
         "loss": scores.loss(task, state, batch),
         "entropy": scores.entropy(task, state, batch),
-        "margin": scores.logit_margin(task, state, batch),
+        "logit_margin": scores.logit_margin(task, state, batch),
     }
 
 
@@ -61,7 +61,7 @@ def compute(
     """Train ``score.replicas`` runs of each point and score every example on the way.
 
     Arrays ``<score>@<epoch>`` f32[R, N] over the training examples in dataset order: el2n, grand,
-    loss, entropy and margin in evaluation mode; forgetting, aum, confidence and variability of the
+    loss, entropy and logit_margin in evaluation mode; forgetting, aum, confidence and variability of the
     training stream up to there; vog and pvi if asked for. Also ``tracin`` f32[R, N] of the epochs
     scored, ``input_norm`` f32[N], ``index`` i32[N] into the file, ``labels`` i32[N] trained on,
     ``clean`` i32[N], ``mislabelled`` bool[N], and ``diverged`` f64[R].
@@ -83,8 +83,13 @@ def compute(
     settings = [point.train for point in points]
     roots = training.keys([point.seed for point in points], r, training.SCORING)
     run = (settings, roots, net)
+    horizon = training.steps(first.train, data, first.score.horizon) or when[-1]
     results = training.train(
-        *(*run, data.train, when[-1], mesh, recorder), name="score", probes=probes, labels=labels
+        *(*run, data.train, when[-1], mesh, recorder),
+        name="score",
+        total=horizon,
+        probes=probes,
+        labels=labels,
     )
     found = _named(results.arrays, epochs)
     if "pvi" in first.score.also:
@@ -92,12 +97,13 @@ def compute(
         null = training.train(
             *(*run, blank, when[-1], mesh, recorder and recorder.stage("null")),
             name="score null",
+            total=horizon,
             probes=[Score(_loss, net, blank, trained, "rest", labels)],
             labels=labels,
         )
         for name, value in _named(null.arrays, epochs).items():
             found[name.replace("loss@", "pvi@")] = np.asarray(scores.pvi(found[name], value))
-    rates = [_rates(point.train, trained, when[-1]) for point in points]
+    rates = [_rates(point.train, trained, horizon) for point in points]
     shared = {"input_norm": _input_norm(data), "index": np.asarray(data.train.index)}
     tables = []
     for p, mine in enumerate(noisy):

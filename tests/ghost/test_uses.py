@@ -107,8 +107,8 @@ EINSUMS = {
     "thk,khd->td": ((6, 3, 4), (4, 3, 5)),
     "ts,ij->tsij": ((2, 3), (2, 4)),
     "td,d->t": ((6, 4), (4,)),
-    "tabc,cad->bt": ((3, 2, 3, 4), (4, 2, 3)),
-    "abt,bac->tab": ((2, 3, 4), (3, 2, 2)),
+    "tabc,cad->bdt": ((3, 2, 3, 4), (4, 2, 3)),
+    "abt,bac->tabc": ((2, 3, 4), (3, 2, 2)),
 }
 for equation, (x, w) in EINSUMS.items():
     left, right = equation.split("->")[0].split(",")

@@ -167,9 +167,10 @@ def test_hard_examples_keep_their_digits(name: str) -> None:
 
 def test_a_near_tie_keeps_its_digits() -> None:
     """p_y - p_k = p_y (1 - exp(-m)), not a difference of two rounded probabilities."""
-    m = 2.0**-20
-    found = score("probability_margin", [[1 + m, 1, 1, 1]], [0])
-    np.testing.assert_allclose(found, -math.expm1(-m) / (1 + 3 * math.exp(-m)), rtol=1e-6)
+    for m in (2.0**-20, 3 * 2.0**-21, 7 * 2.0**-22):
+        found = score("probability_margin", [[1 + m, 1, 0.25], [1, 1 + m, 0.25]], [0, 0])
+        wanted = -math.expm1(-m) / (1 + math.exp(-m) + math.exp(-0.75 - m))
+        np.testing.assert_allclose(found, [wanted, -wanted], rtol=1e-6)
 
 
 @each_score

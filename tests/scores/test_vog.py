@@ -201,10 +201,14 @@ def test_each_row_is_normalised_by_itself() -> None:
 
 
 def test_values_that_are_equal_are_0_not_nan() -> None:
-    v = np.array([0.1] * 7 + [0, 0] + [3, 4], np.float32)  # the mean of seven 0.1 is not 0.1
     y = np.array([0] * 7 + [1] * 2 + [2, 3])
-    np.testing.assert_array_equal(scores.class_normalised(v, y), np.zeros(11))
-    np.testing.assert_array_equal(scores.dataset_normalised(v[:7]), np.zeros(7))
+    for dtype in (np.float32, np.float64):
+        v = np.array([0.1] * 7 + [0, 0] + [3, 4], dtype)  # the mean of seven 0.1 is not 0.1
+        v[3] = np.nextafter(v[3], dtype(1))  # nor is a value in its last digit
+        np.testing.assert_array_equal(scores.class_normalised(v, y), np.zeros(11))
+        np.testing.assert_array_equal(scores.dataset_normalised(v[:7]), np.zeros(7))
+    apart = np.array([1, 1 + 1e-5], np.float32)  # what differs in more digits is not equal
+    np.testing.assert_allclose(scores.dataset_normalised(apart), [-1, 1], rtol=1e-6)
 
 
 def test_vog_of_a_linear_model_depends_on_the_class_alone() -> None:
