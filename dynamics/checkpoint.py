@@ -79,14 +79,19 @@ class Checkpoints:
             self._manager.close()
             self._manager = None
 
-    def restore(self, like: PyTree) -> tuple[PyTree, Any] | None:
+    def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, Any] | None:
         """The newest intact checkpoint as a tree like ``like``, and its note.
+
+        With ``step`` (0 is one) that checkpoint and no other; CheckpointError if it is not there
+        or damaged.
 
         ``like`` holds arrays or ShapeDtypeStructs with shardings: what is restored lies where they
         say, whatever mesh it was saved on. None if nothing was ever saved. Each damaged checkpoint
         is warned of and moved to ``damaged/``. CheckpointError: all are damaged, or an intact one
         has other names, shapes or dtypes.
         """
+        if step is not None:
+            return self._exactly(step, like)
         found, unsealed = self.steps(), []
         for step in reversed(found):
             damage = self._damage(step)
@@ -110,6 +115,13 @@ class Checkpoints:
                 f"restore {self.folder} from a copy, or remove it to start over"
             )
         return None
+
+    def _exactly(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
+        if step not in self.steps():
+            raise CheckpointError(f"{self.root} has no checkpoint {step}, it has {self.steps()}")
+        if (damage := self._damage(step)) not in (None, UNSEALED):
+            raise CheckpointError(f"checkpoint {step} in {self.root} is damaged: {damage}")
+        return self._read(step, like)
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint's files, None if they are as they were written."""

@@ -1,5 +1,6 @@
 """Damage: found before it is used, survived where an older checkpoint is intact, never ignored."""
 
+import contextlib
 import json
 import logging
 import shutil
@@ -222,3 +223,18 @@ def test_old_checkpoints_and_their_hashes_go_together(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "checksums").iterdir()) == ["2.json", "3.json"]
     sums = json.loads((tmp_path / "checksums" / "3.json").read_text())
     assert all(len(digest) == 128 for digest in sums.values())
+
+
+def test_step_0_is_a_step(tmp_path: Path) -> None:
+    """The restore bug behind "GraNd at initialisation": step 0 must not mean the newest."""
+    like = {"w": jnp.zeros(3)}
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step in (0, 5, 9):
+            checkpoints.save(step, {"w": jnp.full(3, float(step))}, step)
+        checkpoints.wait()
+        for step, expected in ((0, 0.0), (5, 5.0), (None, 9.0)):
+            tree, note = checkpoints.restore(like, step) or ({}, None)
+            np.testing.assert_array_equal(tree["w"], np.full(3, expected))
+            assert note == int(expected)
+        with pytest.raises(CheckpointError, match=r"no checkpoint 3, it has \[0, 5, 9\]"):
+            checkpoints.restore(like, 3)

@@ -12,7 +12,7 @@ config = Config(
     model=MLP(width=128, depth=1),
     train=Train(learning_rate=0.05, momentum=0.9, batch_size=32),
     score=Scoring(epochs=(5.0,), replicas=10),
-    study=Connectivity(replicas=8, epochs=20.0),
+    study=Connectivity(replicas=8, epochs=40.0),
     noise=0.2,
 )
 sweep = grid(config, {"noise": [0.0, 0.1, 0.2]})

@@ -15,6 +15,7 @@ section 4 (sequences); Bu et al. 2022, arXiv 2205.10683 (convolutions, the mixed
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ class Factors:
     """The gradients of B examples: for each leaf of the parameters its uses, or the gradient."""
 
     parts: dict[str, tuple[Part, ...]]
-    gradients: dict[str, Leaf]  # [B, *leaf]
+    gradients: dict[str, Leaf]  # [B, *leaf], or [B, 0] where the loss does not use the leaf
 
 
 def factors(
@@ -69,8 +70,10 @@ def factors(
     projections), convolutions and lookups are factored; the gradients of all others are made for
     each example: cheap for biases, norms and positions; otherwise a warning names them.
 
+    Leaves that are not floating have none.
+
     Cost: one forward and one backward pass without the gradients of factored weights.
-    ValueError: no leaf is called ``only``.
+    ValueError: no floating leaf is called ``only``, or a leaf is complex.
     """
     paths = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
@@ -104,8 +107,9 @@ def factors(
     gradient = jax.grad(tapped, argnums=(0, 1), has_aux=True)
     found, seen = jax.vmap(gradient, in_axes=(None, None, 0))(taps, own, examples)
     (deltas, gradients), (captured, scales) = found, seen
-    size = len(jax.tree.leaves(examples)[0])
-    gradients |= {i: jnp.zeros((size, 0)) for i in unused}
+    used = {*direct, *(site.weight.leaf for site in sites)}
+    nothing = jnp.zeros((len(jax.tree.leaves(examples)[0]), 0))
+    gradients |= {i: nothing for i, ours in enumerate(chosen) if ours and i not in used}
     return _collected(sites, names, deltas, gradients, captured, scales)
 
 
@@ -127,8 +131,7 @@ def _plan(
 
     def noted(args: PyTree) -> Any:
         (value,), (origin,) = walk.run(closed.jaxpr, closed.consts, jax.tree.leaves(args), origins)
-        if isinstance(origin, Weight):
-            walk.direct[origin.leaf] = ""
+        walk.note("the loss", origin)
         return value
 
     jax.eval_shape(noted, args)
@@ -143,10 +146,10 @@ def _plan(
         if reason or leaf in by_leaf:
             log.warning(
                 "the gradients of parameter %r %s are made for each example, %.3g MB each: %s",
-                *(names[leaf], list(leaves[leaf].shape), 4e-6 * leaves[leaf].size),
+                *(names[leaf], list(jnp.shape(leaves[leaf])), 4e-6 * jnp.size(leaves[leaf])),
                 reason or "it is also used elementwise",
             )
-    sites = [site for site in walk.sites if site.weight.leaf not in direct]
+    sites = [s for s in walk.sites if s.weight.leaf not in direct and math.prod(s.shape)]
     return sites, sorted(direct)
 
 

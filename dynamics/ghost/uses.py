@@ -21,6 +21,7 @@ OPENED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "rem
 SAME = ("convert_element_type", "copy", "reduce_precision", "sharding_constraint", "copy_p")
 RESHAPED = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
 CHEAP = ("add", "sub", "mul", "div", "add_any", "concatenate")  # as biases, norms, positions do
+SUMMED = ("reduce_sum", "dot_general")  # what comes of these may be smaller than the weight
 
 
 class Weight(NamedTuple):
@@ -136,7 +137,7 @@ class Walk:
         kind = _kind(eqn, origins, ours)
         if kind is None:
             for i in ours:
-                self._note(eqn, origins[i])
+                self.note(eqn.primitive.name, origins[i])
             return outs, [EXAMPLE] * len(outs)
         weight, other, out = origins[ours[0]], values[1 - ours[0]], outs[0]
         number, self._count = self._count, self._count + 1
@@ -146,14 +147,18 @@ class Walk:
             out = out + self.taps[number]
         return [out], [EXAMPLE]
 
-    def _note(self, eqn: Any, origin: Weight | Mixed) -> None:
-        name, through = eqn.primitive.name, ""
-        leaves = [origin.leaf] if isinstance(origin, Weight) else sorted(origin.leaves)
+    def note(self, name: str, origin: Any) -> None:
+        """The gradients of these leaves must be made: they enter ``name`` as they are."""
+        leaves, through = frozenset(), ""
+        if isinstance(origin, Weight):
+            leaves = {origin.leaf}
         if isinstance(origin, Mixed):
-            through = f" through {origin.by}"
-        for leaf in leaves:
-            reason = "" if name in CHEAP else f"it enters {name}{through}"
-            self.direct[leaf] = self.direct.get(leaf) or reason
+            leaves, through = origin.leaves, f" through {origin.by}"
+        cheap = name in CHEAP and not through.endswith(SUMMED)
+        for leaf in sorted(leaves):
+            self.direct[leaf] = self.direct.get(leaf) or (
+                "" if cheap else f"it enters {name}{through}"
+            )
 
 
 def _bind(eqn: Any, values: list[Any]) -> list[Any]:

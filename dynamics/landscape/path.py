@@ -73,4 +73,4 @@ def barrier(
         raise ValueError(f"alphas must rise from 0 to 1, one for each value, got {alphas}")
     a = np.asarray(alphas, np.float64).reshape(-1, *(1,) * (np.ndim(values) - 1))
     line = (1 - a) * values[0] + a * values[-1]
-    return np.maximum((values - line).max(axis=0), 0.0)
+    return np.asarray(np.maximum((values - line).max(axis=0), 0.0))

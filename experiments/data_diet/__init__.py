@@ -114,11 +114,11 @@ def rank(
     tables = []
     for arrays in scored([scoring_config(point) for point in points]):
         wrong, rows = arrays["mislabelled"], []
-        for name, value in arrays.items():
+        for name in sorted(arrays):
             kind, _, epoch = name.partition("@")
             if kind not in scores.HARD:
                 continue
-            sign = 1 if scores.HARD[kind] == "high" else -1
+            value, sign = arrays[name], 1 if scores.HARD[kind] == "high" else -1
             runs = [] if value.ndim == 1 else list(enumerate(value))
             for replica, one in [(-1, scoring.mean(arrays, name)), *runs]:
                 one = np.where(np.isnan(one), sign * np.inf, one)

@@ -61,10 +61,10 @@ def compute(
     """Train ``score.replicas`` runs of each point and score every example on the way.
 
     Arrays ``<score>@<epoch>`` f32[R, N] over the training examples in dataset order: el2n, grand,
-    loss, entropy and logit_margin in evaluation mode; forgetting, aum, confidence and variability of the
-    training stream up to there; vog and pvi if asked for. Also ``tracin`` f32[R, N] of the epochs
-    scored, ``input_norm`` f32[N], ``index`` i32[N] into the file, ``labels`` i32[N] trained on,
-    ``clean`` i32[N], ``mislabelled`` bool[N], and ``diverged`` f64[R].
+    loss, entropy and logit_margin in evaluation mode; forgetting, aum, confidence and variability
+    of the training stream up to there; vog and pvi if asked for. Also ``tracin`` f32[R, N] of the
+    epochs scored, ``input_norm`` f32[N], ``index`` i32[N] into the file, ``labels`` i32[N] trained
+    on, ``clean`` i32[N], ``mislabelled`` bool[N], and ``diverged`` f64[R].
     """
     first, r, n = points[0], points[0].score.replicas, len(data.train)
     epochs = {training.steps(first.train, data, e): f"{e:g}" for e in first.score.epochs}

@@ -1,4 +1,4 @@
-"""The Data Diet study: its protocol, its storage, and its claims on digits."""
+"""The Data Diet studies: their protocol, their storage, and their claims on digits."""
 
 import dataclasses
 from pathlib import Path
@@ -8,19 +8,33 @@ import numpy as np
 import pytest
 
 from dynamics import config as configs
-from dynamics import record, statistics
+from dynamics import record, scores, statistics
 from dynamics.data import DataConfig
 from dynamics.models import MLP
 from dynamics.optim import Train
 from experiments import data_diet
-from experiments.data_diet import METHODS, Config, Pruning, Scoring
+from experiments.data_diet import (
+    Config,
+    Connectivity,
+    Pruning,
+    Ranking,
+    Rescoring,
+    Scoring,
+    Timing,
+    Transfer,
+    Velocity,
+    Window,
+    scoring,
+    training,
+)
 
+METHODS = Pruning().methods
 TINY = Config(
     data=DataConfig(num_train=200, num_test=100),
     model=MLP(width=8, depth=1),
     train=Train(batch_size=20),
-    score=Scoring(epochs=1.0, replicas=2),
-    prune=Pruning(fractions=(0.2, 0.5), replicas=2, epochs=2.0),
+    score=Scoring(epochs=(0.0, 1.0), replicas=2),
+    study=Pruning(fractions=(0.2, 0.5), scored_at=1.0, replicas=2, epochs=2.0),
 )
 
 
@@ -57,39 +71,67 @@ def test_the_table(table: record.Table) -> None:
 def test_seeds_are_paired(table: record.Table) -> None:
     """Replica r of every subset starts from the same network in the same order of batches: two
     subsets that are the same set of examples end in the same accuracy."""
-    keys = data_diet._keys((TINY,), 3, data_diet.RETRAINING)
-    again = data_diet._keys((TINY,), 2, data_diet.RETRAINING)
+    keys = training.keys([0], 3, training.RETRAINING)
+    again = training.keys([0], 2, training.RETRAINING)
     assert (keys[:2] == again).all()  # a replica does not depend on how many there are
-    other = data_diet._keys((configs.override(TINY, {"seed": 1}),), 2, data_diet.RETRAINING)
-    assert not (other == again).any()
+    assert not (training.keys([1], 2, training.RETRAINING) == again).any()
+    config = dataclasses.replace(
+        TINY, study=Pruning(fractions=(0.995,), methods=("random",), replicas=2, epochs=2.0,
+                            scored_at=1.0)
+    )  # fmt: skip
+    rows = data_diet.run(config, data_diet.load(config)).rows
+    full, nearly = (rows["test_accuracy"][rows["method"] == m] for m in ("full", "random"))
+    assert np.abs(full - nearly).max() < 0.1
 
 
-def test_subsets(table: record.Table) -> None:
-    arrays = table.arrays
-    mean = arrays["el2n"].mean(axis=0)
-    hard = data_diet._subset("el2n_hard", 0.2, arrays, 0, 0)
-    easy = data_diet._subset("el2n_easy", 0.2, arrays, 0, 1)
+def test_subsets(data: Any, table: record.Table) -> None:
+    (arrays,) = scoring.stored(data, None, None, {})([data_diet.scoring_config(TINY)])
+    np.testing.assert_array_equal(arrays["el2n@1"], table.arrays["el2n"])
+
+    def chosen(method: str, replica: int = 0, **options: Any) -> np.ndarray:
+        return scoring.chosen(method, arrays, 40, 0, replica, **{"at": 1.0} | options)
+
+    hard, easy = chosen("el2n_hard"), chosen("el2n_easy")
+    mean = arrays["el2n@1"].mean(axis=0)
     assert mean[hard].min() >= np.delete(mean, hard).max()
     assert mean[easy].max() <= np.delete(mean, easy).min()
-    random = [data_diet._subset("random", 0.2, arrays, 0, replica) for replica in (0, 0, 1)]
+    norm = arrays["input_norm"]
+    assert norm[chosen("input_norm_hard")].min() >= np.delete(norm, chosen("input_norm_hard")).max()
+    start = arrays["grand@0"].mean(axis=0)
+    init = chosen("grand_init_hard")
+    assert start[init].min() >= np.delete(start, init).max()
+    low = arrays["aum@1"].mean(axis=0)  # a low margin is hard
+    assert low[chosen("aum_hard")].max() <= np.delete(low, chosen("aum_hard")).min()
+    random = [chosen("random", replica) for replica in (0, 0, 1)]
     np.testing.assert_array_equal(random[0], random[1])  # drawn from the seed ...
     assert set(random[0]) != set(random[2])  # ... anew for each paired seed
-    assert all(len(set(rows)) == 40 for rows in (hard, easy, *random))
+    counts = np.bincount(arrays["labels"][chosen("el2n_hard", balanced=True)], minlength=10)
+    np.testing.assert_array_equal(counts, scores.quotas(arrays["labels"], 40, 0))
+    assert all(len(set(rows)) == 40 for rows in (hard, easy, *random, chosen("coverage")))
+
+
+def test_means_over_runs_leave_out_what_diverged_and_know_what_was_never_learned() -> None:
+    never, unseen = np.inf, np.nan
+    arrays = {
+        "forgetting@1": np.array([[0, never, unseen, unseen], [2, 1, 3, unseen], [9, 9, 9, 9]]),
+        "diverged": np.array([np.inf, np.inf, 7.0]),
+    }
+    np.testing.assert_array_equal(scoring.mean(arrays, "forgetting@1"), [1, never, 3, never])
+    arrays["diverged"] = np.array([1.0, 2.0, 7.0])
+    np.testing.assert_array_equal(scoring.mean(arrays, "forgetting@1"), np.zeros(4))
 
 
 def test_a_store_changes_nothing_and_a_second_call_computes_nothing(
     data: Any, table: record.Table, tmp_path: Path, monkeypatch: Any
 ) -> None:
     assert_equal(table, data_diet.run(TINY, data, store=tmp_path))
-    monkeypatch.setattr(data_diet, "_train", None)
+    monkeypatch.setattr(training, "train", None)
     assert_equal(table, data_diet.run(TINY, data, store=tmp_path))
-    # another study of the same scores trains no scoring run
-    stages = []
-    monkeypatch.setattr(data_diet, "score", lambda *_: stages.append("score"))
-    monkeypatch.setattr(data_diet, "prune", lambda *_: [table])
-    other = configs.override(TINY, {"prune.fractions": (0.3,)})
-    data_diet.run(other, data, store=tmp_path)
-    assert stages == []
+    # another study of the same scores trains nothing either
+    ranked = data_diet.run(
+        dataclasses.replace(TINY, study=Ranking(scored_at=1.0)), data, store=tmp_path
+    )
+    np.testing.assert_array_equal(ranked.arrays["el2n@1"], table.arrays["el2n"])
 
 
 def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
@@ -99,9 +141,9 @@ def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
     assert [len(group) for group in configs.group(points)] == [4]
     data_diet.run(points[0], data, store=tmp_path)
     calls = []
-    train = data_diet._train
+    train = training.train
     monkeypatch.setattr(
-        data_diet, "_train", lambda points, *a, **k: calls.append(points) or train(points, *a, **k)
+        training, "train", lambda points, *a, **k: calls.append(points) or train(points, *a, **k)
     )
     tables = data_diet.sweep(points, data, store=tmp_path)
     assert [len(points) for points in calls] == [3, 3]  # the point on disk is skipped
@@ -117,40 +159,137 @@ def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
     assert np.abs(tables[3].arrays["el2n"] - tables[0].arrays["el2n"]).max() > 0.1
 
 
+def accuracies(table: record.Table, column: str = "method") -> dict[Any, np.ndarray]:
+    """Points of test accuracy for each value of a column, by replica."""
+    rows = table.rows
+    return {v: 100 * rows["test_accuracy"][rows[column] == v] for v in np.unique(rows[column])}
+
+
 def test_the_claims_on_digits() -> None:
-    """Clean labels: hard beats random beats easy, and GraNd at init is the input norm."""
-    config = Config(
-        score=Scoring(epochs=5.0, replicas=20),
-        prune=Pruning(fractions=(0.3,), replicas=5, epochs=20.0),
-        seed=11,
-    )
+    """Clean labels: hard beats random beats easy, and GraNd at init is the input norm (5.3)."""
+    study = Pruning(fractions=(0.3,), replicas=5)
+    config = Config(score=Scoring(epochs=(0.0, 5.0), replicas=20), study=study, seed=11)
     table = data_diet.run(config, data_diet.load(config))
-    accuracy = {
-        m: 100 * table.rows["test_accuracy"][table.rows["method"] == m] for m in ("full", *METHODS)
-    }
+    accuracy = accuracies(table)
     assert (accuracy["el2n_hard"] - accuracy["random"]).mean() >= 0.5
     assert (accuracy["grand_hard"] - accuracy["random"]).mean() >= 0.5
     assert (accuracy["el2n_easy"] - accuracy["random"]).mean() <= -5
     assert (accuracy["grand_init_hard"] - accuracy["random"]).mean() <= 0
-    scores = {name: table.arrays[name].mean(axis=0) for name in ("el2n", "grand", "grand_init")}
-    assert statistics.spearman(scores["el2n"], scores["grand"]) >= 0.97
-    assert statistics.spearman(scores["grand_init"], table.arrays["input_norm"]) >= 0.75
-    assert abs(statistics.spearman(scores["grand_init"], scores["el2n"])) <= 0.3
+    assert (accuracy["input_norm_hard"] - accuracy["random"]).mean() <= 0
+    assert (table.rows["rarest"][table.rows["method"] == "el2n_easy"] == 0).all()
+    start = table.arrays["grand_init"].mean(axis=0)
+    assert statistics.spearman(start, table.arrays["input_norm"]) >= 0.75  # S2
 
 
 def test_noisy_labels_turn_keeping_the_hardest_into_a_catastrophe() -> None:
-    config = Config(
-        score=Scoring(epochs=5.0, replicas=8),
-        prune=Pruning(fractions=(0.3,), replicas=5, epochs=20.0),
-        noise=0.2,
-    )
+    """20 % wrong labels, 30 % kept (5.3): hard - random <= -30; without the top 25 % >= +4."""
+    study = Window(kept=0.3, dropped=(0.0, 0.25), replicas=5)
+    config = Config(score=Scoring(epochs=(5.0,), replicas=8), study=study, noise=0.2)
     table = data_diet.run(config, data_diet.load(config))
-    accuracy = {m: 100 * table.rows["test_accuracy"][table.rows["method"] == m] for m in METHODS}
-    assert (accuracy["el2n_hard"] - accuracy["random"]).mean() <= -30
-    found = statistics.auc(table.arrays["el2n"].mean(axis=0), table.arrays["mislabelled"])
-    assert found >= 0.98
-    control = statistics.auc(table.arrays["grand_init"].mean(axis=0), table.arrays["mislabelled"])
-    assert 0.42 <= control <= 0.62
+    rows = table.rows
+    random = 100 * rows["test_accuracy"][rows["method"] == "random"]
+    hard, window = (100 * rows["test_accuracy"][rows["dropped"] == d] for d in (0.0, 0.25))
+    assert (hard - random).mean() <= -30
+    assert (window - random).mean() >= 4
+    assert (rows["offset"][rows["dropped"] == 0.25] == 1347 - 404 - 337).all()
+
+
+def test_barriers_on_digits() -> None:
+    """5.4: children of one initialisation, 20 % wrong labels; children that share nothing."""
+    config = Config(
+        model=MLP(width=128, depth=1),
+        train=Train(learning_rate=0.05, batch_size=32),
+        score=Scoring(epochs=(5.0,), replicas=8),
+        study=Connectivity(spawn=(0.0,), epochs=40.0, replicas=8),
+    )
+    points = configs.grid(config, {"noise": [0.0, 0.2]})
+    clean, noisy = (t.rows for t in data_diet.sweep(points, data_diet.load(config)))
+
+    def barrier(rows: Any, subset: str, spawn: float) -> np.ndarray:
+        here = (rows["subset"] == subset) & np.isclose(rows["spawn"], spawn, equal_nan=True)
+        assert here.sum() == 8
+        return rows["error_barrier"][here]
+
+    high, low = (barrier(noisy, subset, 0.0) for subset in ("high", "low"))
+    assert high.mean() >= 0.04 and low.mean() <= 0.005 and (high > low).all()
+    high, low = (barrier(clean, subset, np.nan) for subset in ("high", "low"))
+    assert (high - low).mean() >= 0.1
+
+
+STUDIES = [
+    TINY.study,
+    Timing(kept=0.3, methods=("el2n", "grand", "forgetting", "aum"), replicas=2, epochs=2.0),
+    Window(kept=0.3, dropped=(0.0, 0.2), scored_at=1.0, replicas=2, epochs=2.0),
+    Transfer(model=MLP(width=4, depth=1), scored_at=1.0, replicas=2, epochs=2.0),
+    Ranking(scored_at=1.0, shown=2),
+    Rescoring(warmup=1.0, every=1.0, replicas=2, epochs=3.0),
+    Connectivity(spawn=(0.0, 1.0), examples=40, points=5, scored_at=1.0, replicas=2, epochs=2.0),
+    Velocity(groups=3, examples=20, scored_at=1.0, replicas=2, epochs=2),
+]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda s: type(s).__name__)
+def test_every_study_is_the_same_from_a_store_and_when_it_is_cut(
+    study: Any, data: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Cut after each training in turn, and continued; with wrong labels, and vog and pvi."""
+    config = dataclasses.replace(
+        TINY,
+        study=study,
+        noise=0.2,
+        score=Scoring(epochs=(0.0, 1.0), replicas=2, also=("vog", "pvi")),
+    )
+    whole = data_diet.run(config, data)
+    assert len({len(column) for column in whole.rows.values()}) == 1
+    assert set(whole.rows["stage"]) == {type(study).__name__.lower()}
+    assert whole.arrays["mislabelled"].sum() == 40
+    train, trained = training.train, []
+
+    class Cut(Exception):
+        pass
+
+    def cut(*args: Any, **options: Any) -> Any:
+        results = train(*args, **options)
+        place = options.get("recorder", args[6] if len(args) > 6 else None).path
+        if place not in trained:
+            trained.append(place)
+            raise Cut
+        return results
+
+    monkeypatch.setattr(training, "train", cut)
+    for _ in range(30):
+        try:
+            found = data_diet.run(config, data, store=tmp_path)
+            break
+        except Cut:
+            continue
+    assert_equal(found, whole)
+    assert trained and not list(tmp_path.rglob("stages"))
+
+
+def test_the_bank_of_scores(data: Any) -> None:
+    score = Scoring(epochs=(0.0, 1.0, 2.0), replicas=2, also=("vog", "pvi"))
+    config = dataclasses.replace(
+        TINY, score=score, study=Ranking(scored_at=2.0, shown=2), noise=0.1
+    )
+    arrays = data_diet.run(config, data).arrays
+    rest = {
+        f"{s}@{e}" for s in ("el2n", "grand", "loss", "entropy", "logit_margin") for e in (0, 1, 2)
+    }
+    kinds = ("forgetting", "aum", "confidence", "variability", "vog", "pvi")
+    stream = {f"{s}@{e}" for s in kinds for e in (1, 2)}
+    assert rest | stream <= arrays.keys()
+    assert all(arrays[name].shape == (2, 200) for name in rest | stream | {"tracin"})
+    squares = sum(np.float64(arrays[f"grand@{e}"]) ** 2 for e in (1, 2))
+    np.testing.assert_allclose(arrays["tracin"], 0.02 * squares, rtol=1e-5)
+    prior = np.log2(np.bincount(arrays["labels"]) / 200)[arrays["labels"]]
+    assert arrays["pvi@2"].mean() <= -prior.mean()  # E13: at most the labels' entropy
+    hardest, easiest = arrays["shown"]
+    assert (arrays["labels"][hardest] == np.arange(10)[:, None]).all()
+    mean = arrays["el2n@2"].mean(axis=0)
+    assert (mean[hardest].min(axis=1) >= mean[easiest].max(axis=1)).all()
+    np.testing.assert_array_equal(arrays["shown_images"], data.train.x[arrays["shown"]])
+    assert (arrays["labels"] != arrays["clean"])[arrays["mislabelled"]].all()
 
 
 def test_a_batch_larger_than_a_subset_is_refused(data: Any) -> None:
@@ -159,10 +298,30 @@ def test_a_batch_larger_than_a_subset_is_refused(data: Any) -> None:
         data_diet.run(config, data)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"study.scored_at": 2.0}, "study.scored_at must be one of score.epochs"),
+        ({"score.epochs": (1.0,)}, "'grand_init_hard' needs 0 among score.epochs"),
+        ({"score.epochs": (1.0, 0.0)}, "Scoring.epochs must rise"),
+        ({"score.epochs": (0.0,)}, "Scoring.epochs must rise"),
+        ({"score.horizon": 0.5}, "Scoring.horizon must be 0 or >= the last epoch 1"),
+        ({"study.methods": ("el2n_hard",)}, "must have 'random' to compare with"),
+        ({"study.methods": ("el3n_hard",)}, "perhaps 'el2n_hard'"),
+        ({"study": "window", "study.kept": 0.9}, "must leave the 0.9 kept"),
+        ({"study": "rescoring", "study.warmup": 20.0}, "warmup must be < epochs"),
+        ({"study": "connectivity", "study.points": 4}, "odd points"),
+    ],
+)
+def test_impossible_studies_are_refused(change: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configs.override(TINY, change)
+
+
 @pytest.mark.parametrize("fractions", [(), (0.2, 0.2), (1.0,), (0.0,)])
 def test_impossible_fractions_are_refused(fractions: Any) -> None:
     with pytest.raises(ValueError, match="fractions"):
-        dataclasses.replace(TINY, prune=Pruning(fractions=fractions))
+        Pruning(fractions=fractions)
 
 
 def test_a_diverging_point_of_a_sweep_spoils_no_other(data: Any) -> None:
