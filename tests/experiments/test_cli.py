@@ -1,22 +1,28 @@
 """The command line as a stranger meets it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import polars as pl
 import pytest
 
+from dynamics import record, scores
 from experiments import __main__ as cli
 
 ROOT = Path(__file__).parent.parent.parent
 PRESET = "configs/data_diet/digits.py"
 SMALL = [
     *("--data.num-train", "200", "--data.num-test", "50", "--train.batch-size", "20"),
-    *("--score.epochs", "1", "--score.replicas", "2"),
-    *("--prune.replicas", "2", "--prune.epochs", "1"),
+    *("--score.replicas", "2", "--study.scored-at", "1"),
+    *("--study.replicas", "2", "--study.epochs", "1"),
 ]
+EPOCHS = ["--score.epochs", "0", "1", "--score.also"]  # of one run
+EPOCHS_SWEPT = ["--score.epochs", "[0, 1]", "--score.also", "[]"]  # a list is one value there
 
 
 def call(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +41,7 @@ def entries(folder: Path) -> set[str]:
 
 def test_run_sweep_and_draw(tmp_path: Path) -> None:
     runs, cache = str(tmp_path / "runs"), tmp_path / "cache"
-    one = ("experiments", "data_diet", PRESET, *SMALL, "--train.learning-rate", "0.05")
+    one = ("experiments", "data_diet", PRESET, *SMALL, *EPOCHS, "--train.learning-rate", "0.05")
     first = call(*one, "--runs", runs, DYNAMICS_CACHE=str(cache))
     assert first.returncode == 0, first.stderr
     assert "1 run of data_diet" in first.stdout and "retrain: step 10 of 10" in first.stderr
@@ -47,7 +53,10 @@ def test_run_sweep_and_draw(tmp_path: Path) -> None:
     assert elsewhere.returncode == 0 and "retrain: step 10 of 10" in elsewhere.stderr
     assert entries(cache) == compiled  # the second run of anything compiles nothing
     grid = ("--train.learning-rate", "0.05", "0.1", "--model.width", "128", "16")
-    swept = call("experiments", "sweep", "data_diet", PRESET, *SMALL, *grid, "--runs", runs)
+    swept = call(
+        *("experiments", "sweep", "data_diet", PRESET, *SMALL, *EPOCHS_SWEPT, *grid),
+        *("--runs", runs),
+    )
     assert swept.returncode == 0, swept.stderr
     assert "4 runs of data_diet" in swept.stdout
     assert swept.stdout.count("train.learning_rate=0.05") == 2
@@ -56,6 +65,36 @@ def test_run_sweep_and_draw(tmp_path: Path) -> None:
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "out" / "data_diet_pruning.pdf").exists()
     assert "claims on digits" in drawn.stdout
+    for done in sorted((tmp_path / "runs" / "data_diet").glob("*/done.json"))[:1]:
+        check_export(done.parent, tmp_path / "exported")
+
+
+def check_export(run: Path, out: Path) -> None:
+    """Scores and a subset of a run, as npz and parquet, in the order of the dataset."""
+    options = ("--keep", "0.3", "--score", "el2n", "--drop", "0.1", "--out", str(out))
+    done = call("experiments", "export", str(run), *options)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 6
+    arrays = record.read(run).arrays
+    columns = dict(np.load(out / "scores.npz"))
+    table = pl.read_parquet(out / "scores.parquet")
+    assert table.columns == list(columns)
+    for name, values in columns.items():
+        np.testing.assert_array_equal(table[name].to_numpy(), values)
+    np.testing.assert_array_equal(columns["index"], arrays["index"])
+    np.testing.assert_allclose(columns["el2n"], arrays["el2n"].mean(axis=0), rtol=1e-6)
+    error = arrays["el2n"].std(axis=0, ddof=1) / np.sqrt(2)
+    np.testing.assert_allclose(columns["el2n_se"], error, rtol=1e-4, atol=1e-9)
+    subset, about = np.load(out / "subset.npz"), json.loads((out / "subset.json").read_text())
+    expected = scores.window(columns["el2n"], 60, drop=20)
+    np.testing.assert_array_equal(subset["row"], expected)
+    np.testing.assert_array_equal(subset["index"], arrays["index"][expected])
+    assert about["run"] == run.name and about["replicas"]["el2n"] == 2
+    assert about["data"] == record.read(run).provenance["data"]
+    assert about["chosen"]["count"] == 60
+    for wrong in (("--keep", "2"), ("--keep", "0.5", "--score", "el3n")):
+        refused = call("experiments", "export", str(run), "--score", "el2n", *wrong)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -65,6 +104,9 @@ def test_run_sweep_and_draw(tmp_path: Path) -> None:
         (["data_diet", "nope.py"], "no preset file nope.py; there are: configs/data_diet"),
         (["data_diet", "--train.batch-size", "500"], "train.batch_size 500 is more than the 135"),
         (["data_diet", "--model", "foo"], "Config.model must be Linear or MLP"),
+        (["data_diet", "--study", "foo"], "Config.study must be Pruning or Timing or Window"),
+        (["data_diet", "--study.scored-at", "3"], "study.scored_at must be one of score.epochs"),
+        (["export", "nowhere"], "nowhere holds no run"),
         (["data_diet", "--mesh", "16", "1", "1"], "needs 16 devices, this machine has 8"),
         (["data_diet", "--data.source", "mnist"], "set DYNAMICS_DATA or --data-folder"),
         (["data_diet", "--data.num-train", "5000"], "num_train"),
@@ -112,6 +154,6 @@ def test_help_names_every_value(capsys: Any) -> None:
         "--model.channels",
         "--train.learning-rate",
         "(default: 0.02)",
-        "--prune.fractions",
+        "--study.fractions",
     ):
         assert text in shown
