@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import costs, speed
+from benchmarks import costs, scores, speed
 from benchmarks.measure import Result
 from dynamics import mesh, record
 
@@ -27,6 +27,12 @@ BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "checkpoint": costs.checkpoint,
     "checkpoint_direct": costs.checkpoint_direct,
     "startup": costs.startup,
+    "grand_mlp": scores.grand_mlp,
+    "grand_convnet": scores.grand_convnet,
+    "grand_resnet": scores.grand_resnet,
+    "grand_transformer": scores.grand_transformer,
+    "dataset": scores.dataset,
+    "importance": scores.importance,
 }
 HEADER = ("name", "what", "ours", "theirs", "ratio", "goal", "met", "first lap", "others", "note")
 

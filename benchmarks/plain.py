@@ -69,8 +69,8 @@ def calls(job: Plain, steps: int) -> Side:
 
 
 def _begin(job: Plain) -> tuple[Any, Callable, jax.Array, jax.Array]:
-    params = _params(job)
-    logits = _convnet if job.channels else _mlp
+    weights = params(job)
+    logits = _convnet if job.channels else mlp
 
     def loss(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
         z = logits(params, x)
@@ -86,11 +86,11 @@ def _begin(job: Plain) -> tuple[Any, Callable, jax.Array, jax.Array]:
         )
         return (params, trace), value
 
-    carry = (params, jax.tree.map(jnp.zeros_like, params))
+    carry = (weights, jax.tree.map(jnp.zeros_like, weights))
     return carry, step, jnp.asarray(job.x), jnp.asarray(job.y)
 
 
-def _params(job: Plain) -> list[tuple[jax.Array, jax.Array]]:
+def params(job: Plain) -> list[tuple[jax.Array, jax.Array]]:
     """A (weights, bias) for every layer, the output layer last."""
     draw = np.random.default_rng(0)
 
@@ -107,7 +107,7 @@ def _params(job: Plain) -> list[tuple[jax.Array, jax.Array]]:
     return [*hidden, layer(sizes[-1], CLASSES)]
 
 
-def _mlp(params: Any, x: jax.Array) -> jax.Array:
+def mlp(params: Any, x: jax.Array) -> jax.Array:
     *hidden, (w_out, b_out) = params
     h = x.reshape(x.shape[0], -1)
     for w, b in hidden:

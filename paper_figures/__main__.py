@@ -47,13 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
     parser.add_argument("--out", type=Path, default=Path("out"), help="default: out")
     args = parser.parse_args(argv)
-    meant = {name: [f for f, m in known.items() if name in (f, m.EXPERIMENT)] for name in args.names}
+    meant = {
+        name: [f for f, m in known.items() if name in (f, m.EXPERIMENT)] for name in args.names
+    }
     for name in [name for name, mine in meant.items() if not mine]:
         print(f"no figure {name!r}; there are: {', '.join(known)}", file=sys.stderr)
         return 2
     meant = meant or {"": list(known)}
     asked = {f: m for f, m in known.items() if any(f in mine for mine in meant.values())}
-    stored = {e: _stored(args.runs, e) for e in dict.fromkeys(m.EXPERIMENT for m in asked.values())}
+    stored = {e: _stored(args.runs, e, asked) for e in {m.EXPERIMENT: 0 for m in asked.values()}}
     found = {figure: grouped(m, stored[m.EXPERIMENT]) for figure, m in asked.items()}
     # of an experiment any figure will do; a figure asked for by its own name must be there
     lacking = {f for mine in meant.values() if not any(found[f] for f in mine) for f in mine}
@@ -67,19 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if not lacking and all(drawn) else 1
 
 
-def _stored(runs: Path, experiment: str) -> dict[Path, dict[str, Any]]:
-    """The configs of the finished runs, the newest last."""
+def _stored(
+    runs: Path, experiment: str, asked: Mapping[str, ModuleType]
+) -> dict[Path, dict[str, Any]]:
+    """The configs of the finished runs that have today's layout, the newest last."""
+    modules = [module for module in asked.values() if module.EXPERIMENT == experiment]
+    studies = any(hasattr(module, "STUDY") for module in modules)
     found = {}
     for path in record.runs(runs, experiment):
         try:
             config = json.loads((path / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            print(f"{path}: skipped: no readable config.json ({error})", file=sys.stderr)
-            continue
-        if not isinstance(config, dict) or not isinstance(config.get("study", {}), dict):
-            print(f"{path}: skipped: its config is not one of today's", file=sys.stderr)
-        else:
-            found[path] = config
+            if studies:
+                str(config["study"]["kind"])
+            found[path] = dict(config)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            print(f"{path}: skipped: an older layout, not drawn today ({why})", file=sys.stderr)
     return found
 
 
@@ -90,8 +95,8 @@ def grouped(module: ModuleType, stored: Mapping[Path, dict[str, Any]]) -> list[l
     """
     study, together = getattr(module, "STUDY", None), getattr(module, "TOGETHER", ())
     groups: dict[str, list[Path]] = {}
-    for path, config in reversed(stored.items()):
-        if study is not None and config.get("study", {}).get("kind") != study:
+    for path, config in reversed(list(stored.items())):
+        if study is not None and config["study"]["kind"] != study:
             continue
         rest = {name: value for name, value in config.items() if name not in together}
         groups.setdefault(json.dumps(rest, sort_keys=True), []).append(path)

@@ -40,7 +40,14 @@ LOOKS: Mapping[str, Look] = {
     "GraNd at init (hardest)": Look("#E69F00", "D"),
     "forgetting (hardest)": Look("#009E73", "^"),
     "margin (hardest)": Look("#CC79A7", "P"),
+    "AUM (hardest)": Look("#117733", "*"),
+    "input norm (largest)": Look("#882255", "<"),
+    "coverage-centric (EL2N)": Look("#999933", "p"),
+    "EL2N again": Look("#44AA99", "h"),
+    "EL2N of another model": Look("#332288", ">"),
+    "EL2N at another rate": Look("#AA4499", "X"),
     "random": Look("#777777", "x", "--"),
+    "random again": Look("#AAAAAA", "+", ":"),
     "all data": Look("#000000", ""),
 }
 
@@ -220,4 +227,6 @@ def _wrap(text: str, start: str, width: int) -> list[str]:
 
 def number(value: float, unit: str) -> str:
     """Points with their sign and two decimals, anything else with three."""
+    digits = 2 if unit == "points" else 3
+    value = round(float(value), digits) + 0.0  # no minus before a zero
     return f"{value:+.2f}" if unit == "points" else f"{value:.3f}"

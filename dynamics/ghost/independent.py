@@ -54,6 +54,15 @@ def check_independent(
         )
 
 
+def _opened(jaxpr: Any) -> Any:
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def _unsliced(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many of a loop's variables are not cut along their first axis; these come first."""
+    return sum(v.aval.ndim == w.aval.ndim for v, w in zip(outer, inner, strict=True))
+
+
 class _Coupled(Exception):
     """The name of an equation in which examples meet."""
 
@@ -84,15 +93,14 @@ class _Search:
             return self._scan(eqn, ins)
         if name == "while":
             n, m = p["cond_nconsts"], p["body_nconsts"]
-            carry = self._loop(p["body_jaxpr"].jaxpr, ins[n : n + m], ins[n + m :], [])
-            self.follow(p["cond_jaxpr"].jaxpr, [*ins[:n], *carry])
+            carry = self._loop(_opened(p["body_jaxpr"]), ins[n : n + m], ins[n + m :], [])
+            self.follow(_opened(p["cond_jaxpr"]), [*ins[:n], *carry])
             return carry
         if name == "cond":
             self._check(eqn, ins[:1])
-            each = [self.follow(branch.jaxpr, ins[1:]) for branch in p["branches"]]
+            each = [self.follow(_opened(branch), ins[1:]) for branch in p["branches"]]
             return [self._joined(v, rows) for v, *rows in zip(eqn.outvars, *each, strict=True)]
-        inner: Any = next((p[key] for key in INNER if key in p), None)
-        inner = getattr(inner, "jaxpr", inner)
+        inner = _opened(next((p[key] for key in INNER if key in p), None))
         if len(getattr(inner, "invars", ())) == len(ins):
             return self.follow(inner, ins)
         self._check(eqn, ins)
@@ -100,11 +108,12 @@ class _Search:
         return [self._joined(v, ins if cut is None else [cut]) for v in eqn.outvars]
 
     def _scan(self, eqn: Any, ins: list[Rows]) -> list[Rows]:
-        p, body = eqn.params, eqn.params["jaxpr"].jaxpr
-        n, m = p["num_consts"], p["num_consts"] + p["num_carry"]
+        body = _opened(eqn.params["jaxpr"])
+        m, carried = _unsliced(eqn.invars, body.invars), _unsliced(eqn.outvars, body.outvars)
+        n = m - carried
         xs = [self._joined(v, [r]) for v, r in zip(body.invars[m:], ins[m:], strict=True)]
         carry = self._loop(body, ins[:n], ins[n:m], xs)
-        if p["length"] % self._size == 0 and any(r not in (NONE, ALL) for r in carry):
+        if eqn.params["length"] % self._size == 0 and any(r not in (NONE, ALL) for r in carry):
             raise _Coupled("scan")
         ys = self.follow(body, [*ins[:n], *carry, *xs])[len(carry) :]
         outs = eqn.outvars[len(carry) :]

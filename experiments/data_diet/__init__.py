@@ -107,9 +107,10 @@ def rank(
     """Rows for each (score, epoch, replica): how well it ranks wrong labels first.
 
     ``auc`` is the probability that a mislabelled example is harder by the score than another one,
-    nan without wrong labels; replica -1 is the mean over replicas. Arrays: all of the scoring
-    stage (``scoring.compute``), and of image data ``shown`` i32[2, C, S], the rows of the hardest
-    and of the easiest examples of each class by EL2N, and ``shown_images`` [2, C, S, ...].
+    nan without wrong labels or where the score is the same for all; replica -1 is the mean over
+    replicas. Arrays: all of the scoring stage (``scoring.compute``), and of image data ``shown``
+    i32[2, C, S], the rows of the hardest and of the easiest examples of each class by EL2N, and
+    ``shown_images`` [2, C, S, ...].
     """
     tables = []
     for arrays in scored([scoring_config(point) for point in points]):
@@ -122,9 +123,8 @@ def rank(
             runs = [] if value.ndim == 1 else list(enumerate(value))
             for replica, one in [(-1, scoring.mean(arrays, name)), *runs]:
                 one = np.where(np.isnan(one), sign * np.inf, one)
-                auc = (
-                    statistics.auc(sign * one, wrong) if wrong.any() and not wrong.all() else np.nan
-                )
+                known = wrong.any() and not wrong.all() and (one != one[0]).any()
+                auc = statistics.auc(sign * one, wrong) if known else np.nan
                 rows.append((kind, float(epoch or "nan"), replica, auc))
         names = ("score", "epoch", "replica", "auc")
         columns = {n: np.array(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)}

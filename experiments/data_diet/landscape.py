@@ -37,27 +37,22 @@ def connect(
     labels trained on, noise included. ``spawn`` is the epoch of the parent that both children
     begin with, nan where they share nothing. Batch statistics are re-estimated on the path.
     """
-    study, r = points[0].study, points[0].study.replicas  # pyright: ignore[reportAttributeAccessIssue]
+    study = points[0].study
     assert isinstance(study, Connectivity)
+    r, net = study.replicas, training.net_of(points[0].model, data)
     banks = scored([scoring_config(point) for point in points])
     settings, seeds = [p.train for p in points], [p.seed for p in points]
-    net, total = (
-        training.net_of(points[0].model, data),
-        training.steps(settings[0], data, study.epochs),
-    )
+    total = training.steps(settings[0], data, study.epochs)
     chosen = [_extremes(point, bank, study) for point, bank in zip(points, banks, strict=True)]
     every = np.unique(np.concatenate([rows for mine in chosen for rows in mine.values()]))
     labels = np.repeat([bank["labels"] for bank in banks], r, axis=0)
-    options = {"net": net, "data": data.train, "mesh": mesh, "total": total}
+    train, both_labels = data.train, np.tile(labels, (2, 1))
+    options = {"net": net, "data": train, "mesh": mesh, "total": total}
     subset = dataclasses.replace(
-        data.train, **{k: getattr(data.train, k)[every] for k in ("x", "y", "index")}
+        train, x=train.x[every], y=train.y[every], index=train.index[every]
     )
-    path = Path(
-        *(net, subset, (total,)),
-        points=study.points,
-        labels=np.tile(labels, (2, 1))[:, every],
-        train=data.train,
-    )
+    own = both_labels[:, every]
+    path = Path(net, subset, (total,), points=study.points, labels=own, train=train)
 
     def children(start: TrainState | None, roots: jax.Array, name: str) -> dict[str, np.ndarray]:
         results = training.train(
@@ -68,10 +63,11 @@ def connect(
             name="children",
             start=start,
             probes=[path],
-            labels=np.tile(labels, (2, 1)),
+            labels=both_labels,
             **options,
         )
-        return {m: whole(results.arrays[f"path.{m}@{total}"]) for m in ("accuracy", "loss")}
+        found = {m: whole(results.arrays[f"path.{m}@{total}"]) for m in ("accuracy", "loss")}
+        return found | {"diverged": results.arrays["diverged"].reshape(2, -1).min(axis=0)}
 
     other = [training.keys(seeds, r, purpose) for purpose in (training.CHILD, training.OTHER)]
     found: list[tuple[float, dict[str, np.ndarray]]] = []
@@ -125,6 +121,7 @@ def _barriers(found, chosen, every, p: int, r: int, study: Connectivity) -> dict
                     "error_barrier": barrier(1 - error[:, replica], places),
                     "loss_barrier": barrier(loss[:, replica], places),
                     "end_error": 1 - error[[0, -1], replica].mean(),
+                    "diverged": paths["diverged"][p * r + replica],
                 }
                 for name, value in row.items():
                     columns.setdefault(name, []).append(value)
@@ -138,10 +135,11 @@ def turn(
     mesh: Mesh | None,
     recorder: Recorder | None,
 ) -> list[Table]:
-    """Rows for each (group, epoch, replica): the velocity of its kernel over the epoch before.
+    """Rows for each (order, group, epoch, replica): how its kernel turned over the epoch before.
 
-    Groups are examples of neighbouring mean EL2N: ``rank`` is the middle of a group in 0 (easiest)
-    .. 1, ``el2n`` its mean score, ``mislabelled`` the part of it whose labels are wrong.
+    Groups of order ``el2n`` are examples of neighbouring mean EL2N, ``rank`` the middle of a group
+    in 0 (easiest) .. 1; those of order ``random`` are neighbours in a random order. ``el2n`` is the
+    group's mean score, ``mislabelled`` the part of it whose labels are wrong.
     """
     study = points[0].study
     assert isinstance(study, Velocity)
@@ -151,42 +149,48 @@ def turn(
     banks = scored([scoring_config(point) for point in points])
     starts = np.round(np.linspace(0, n - m, study.groups)).astype(int)
     means = [scoring.mean(bank, f"el2n@{study.scored_at:g}") for bank in banks]
-    orders = [np.argsort(mean, kind="stable") for mean in means]
-    groups = np.array([[order[s : s + m] for s in starts] for order in orders])
+    groups = np.array(
+        [_groups(mean, starts, m, p.seed) for mean, p in zip(means, points, strict=True)]
+    )
     settings, seeds = [p.train for p in points], [p.seed for p in points]
     net = training.net_of(points[0].model, data)
     epochs = {training.steps(settings[0], data, e): e for e in range(study.epochs + 1)}
-    probe = KernelVelocity(net, data.train, np.repeat(groups, r, axis=0), tuple(epochs))
     results = training.train(
         *(settings, training.keys(seeds, r, training.RETRAINING), net, data.train),
         *(max(epochs), mesh, recorder),
         name="velocity",
-        probes=[probe],
+        probes=[KernelVelocity(net, data.train, np.repeat(groups, r, axis=0), tuple(epochs))],
         labels=np.repeat([bank["labels"] for bank in banks], r, axis=0),
     )
+    velocities = {
+        epoch: results.arrays[f"kernel.velocity@{step}"] for step, epoch in epochs.items() if epoch
+    }
     tables = []
     for p, bank in enumerate(banks):
-        rows = []
-        for step, epoch in epochs.items():
-            if epoch:
-                found = results.arrays[f"kernel.velocity@{step}"][p * r : (p + 1) * r]
-                rows += [
-                    (
-                        epoch,
-                        (start + m / 2) / n,
-                        means[p][g].mean(),
-                        bank["mislabelled"][g].mean(),
-                        k,
-                        found[k, i],
-                    )
-                    for i, (start, g) in enumerate(zip(starts, groups[p], strict=True))
-                    for k in range(r)
-                ]
-        names = ("epoch", "rank", "el2n", "mislabelled", "replica", "velocity")
-        columns = {
-            name: np.array(values)
-            for name, values in zip(names, zip(*rows, strict=True), strict=True)
+        here = slice(p * r, (p + 1) * r)
+        each = np.stack([found[here] for found in velocities.values()])  # [epoch, replica, group]
+        place = {
+            "order": np.repeat(["el2n", "random"], study.groups),
+            "rank": np.tile((starts + m / 2) / n, 2),
+            "el2n": means[p][groups[p]].mean(axis=1),
+            "mislabelled": bank["mislabelled"][groups[p]].mean(axis=1),
         }
-        stage = {"stage": np.full(len(rows), "velocity")}
-        tables.append(Table(stage | columns, {name: bank[name] for name in SHARED}))
+        columns = {
+            "stage": np.full(each.size, "velocity"),
+            "epoch": np.repeat(list(velocities), each[0].size),
+            "replica": np.tile(np.repeat(np.arange(r), each.shape[2]), len(each)),
+            "diverged": np.tile(
+                np.repeat(results.arrays["diverged"][here], each.shape[2]), len(each)
+            ),
+            **{name: np.tile(values, each[:, :, 0].size) for name, values in place.items()},
+            "velocity": each.reshape(-1),
+        }
+        tables.append(Table(columns, {name: bank[name] for name in SHARED}))
     return tables
+
+
+def _groups(mean: np.ndarray, starts: np.ndarray, size: int, seed: int) -> np.ndarray:
+    """Rows of the groups in the order of the score, then of those in a random order."""
+    draw = np.random.Generator(np.random.PCG64([seed, training.RANDOM]))
+    orders = (np.argsort(mean, kind="stable"), draw.permutation(len(mean)))
+    return np.array([order[s : s + size] for order in orders for s in starts])

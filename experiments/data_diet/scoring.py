@@ -122,8 +122,9 @@ def compute(
 def mean(arrays: Arrays, name: str) -> np.ndarray:
     """A score [N] averaged over the replicas that did not diverge; zeros if all did.
 
-    An example that no replica was shown in time counts as never learned: infinite.
+    An example that no replica was shown in time counts as the hardest: infinite at the hard end.
     """
+    hardest = np.inf if scores.HARD[name.partition("@")[0]] == "high" else -np.inf
     if arrays[name].ndim == 1:
         return arrays[name].astype(np.float64)
     whole = arrays[name][np.isinf(arrays["diverged"])].astype(np.float64)
@@ -131,7 +132,7 @@ def mean(arrays: Arrays, name: str) -> np.ndarray:
         return np.zeros(arrays[name].shape[1])
     seen = ~np.isnan(whole)
     total = np.where(seen, whole, 0).sum(axis=0)
-    return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), np.inf)
+    return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), hardest)
 
 
 def chosen(

@@ -18,7 +18,7 @@ GENERATOR = np.random.default_rng(0)
 
 
 class Case(NamedTuple):
-    """``predict(params, x)`` of one example; ``factored``: the leaves whose gradient is not made."""
+    """``predict(params, x)`` of one example; ``factored``: leaves whose gradients are not made."""
 
     predict: Callable[[Any, Any], jax.Array]
     params: Any
@@ -598,7 +598,7 @@ def vmapped_heads(p: Any, x: Any) -> Any:
     return jax.vmap(lambda w: jnp.tanh(x @ w))(p["w"])
 
 
-@case("gradients in the loss", {"v": normal(4, 5), "w": normal(5, 3)}, inputs(4), "")
+@case("gradients in the loss", {"v": normal(4, 5), "w": normal(5, 3)}, inputs(4), "v w")
 def gradient_in_loss(p: Any, x: Any) -> Any:
     return jax.grad(lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["v"]) @ p["w"])))(x)
 

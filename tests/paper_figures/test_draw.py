@@ -1,22 +1,15 @@
-"""Files that are whole and the same twice; a report a person can read; the command line."""
+"""Files that are whole and the same twice; a report a person can read."""
 
-import contextlib
 import csv
 import json
 import math
-import re
-import subprocess
-import sys
-import types
 
 import matplotlib
 import numpy as np
 import polars as pl
 import pytest
 
-from dynamics import record
 from dynamics.statistics import Claim
-from paper_figures import __main__ as gallery
 from paper_figures import draw
 
 MADE_UP = Claim(
@@ -150,99 +143,15 @@ def test_report_keeps_to_its_width_and_breaks_no_number():
         assert whole in text
 
 
-# The command line
-
-
-def stored(runs, value, experiment="made_up"):
-    """A finished run whose config is one number."""
-    path = runs / experiment / f"{value:016x}"
-    recorder = record.Recorder(path, {"kind": "Config", "value": value})
-    recorder.finish(record.Table({"x": np.array([1.0])}, {}))
-    return path
-
-
-@pytest.fixture
-def made_up(monkeypatch):
-    """A gallery of one figure, of runs with one number; 13 is a run that can't be drawn."""
-
-    def drawn(run, folder, *, name):
-        if run.config["value"] == 13:
-            raise ValueError("made_up run 13 has no luck")
-        claims = [MADE_UP._replace(effect=float(run.config["value"]))]
-        paths = draw.save(
-            plotted(), folder, name, table=TABLE, claims=claims, fingerprints=[run.fingerprint]
-        )
-        return paths, claims
-
-    module = types.ModuleType("made_up_figure")
-    vars(module).update(EXPERIMENT="made_up", PRESET="tiny", draw=drawn)
-    monkeypatch.setattr(gallery, "figures", lambda: {"made_up_figure": module})
-
-
-def main(tmp_path, *names):
-    return gallery.main([*names, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-
-
-@pytest.mark.parametrize("names", [(), ("made_up_figure",), ("made_up",)])
-def test_the_newest_run_has_the_plain_name(tmp_path, made_up, capsys, names):
-    older, newer = stored(tmp_path / "runs", 7), stored(tmp_path / "runs", 5)
-    assert main(tmp_path, *names) == 0
-    out = tmp_path / "out"
-    for name, path in {"made_up_figure": newer, "made_up_figure-00000000": older}.items():
-        about = json.loads((out / f"{name}.json").read_text())
-        assert about["fingerprints"] == [path.name]
-    assert len(list(out.iterdir())) == 8
-    text = capsys.readouterr().out
-    assert f"{out / 'made_up_figure.pdf'} .png .csv .json  from {newer}\nclaims on" in text
-    assert text.index("= +5.00 points") < text.index("= +7.00 points")  # the newest first
-
-
-def test_a_run_that_cannot_be_drawn_does_not_stop_the_others(tmp_path, made_up, capsys):
-    stored(tmp_path / "runs", 13)
-    stored(tmp_path / "runs", 5)
-    assert main(tmp_path) == 1
-    captured = capsys.readouterr()
-    assert captured.err == "made_up_figure-00000000: not drawn: made_up run 13 has no luck\n"
-    assert "= +5.00 points" in captured.out
-
-
-@pytest.mark.parametrize("names", [(), ("made_up_figure",)])
-def test_no_runs_is_one_line_that_says_how_to_make_one(tmp_path, made_up, capsys, names):
-    assert main(tmp_path, *names) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
-    assert "python -m experiments made_up configs/made_up/tiny.py" in captured.err
-
-
-def test_an_unknown_name_is_one_line_with_the_known_ones(tmp_path, made_up, capsys):
-    assert main(tmp_path, "mad_up") == 2
-    assert capsys.readouterr().err == "no figure 'mad_up'; there are: made_up_figure\n"
-
-
-def test_every_figure_in_the_folder_is_found():
-    found = gallery.figures()
-    assert "data_diet_pruning" in found
-    assert "draw" not in found
-    for module in found.values():
-        assert re.fullmatch(r"\w+", module.EXPERIMENT)
-        assert module.__doc__
-
-
-def test_neither_jax_nor_pyplot_is_imported(tmp_path):
-    code = (
-        "import sys\n"
-        "from paper_figures import __main__ as gallery\n"
-        f"status = gallery.main(['--runs', {str(tmp_path)!r}])\n"
-        "loaded = [name for name in ('jax', 'matplotlib.pyplot') if name in sys.modules]\n"
-        "sys.exit(f'{status} {loaded}')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "1 []"
-    assert done.stderr.count("python -m experiments") == len(gallery.figures())
-
-
-def test_the_module_runs_and_explains_itself(capsys):
-    with contextlib.suppress(SystemExit):
-        gallery.main(["--help"])
-    assert "data_diet_pruning" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (-0.004, "points", "+0.00"),
+        (-0.006, "points", "-0.01"),
+        (2.0, "points", "+2.00"),
+        (-0.0001, "Spearman", "0.000"),
+        (-1.0, "Spearman", "-1.000"),
+    ],
+)
+def test_a_number_has_no_minus_before_a_zero(value, unit, text):
+    assert draw.number(value, unit) == text

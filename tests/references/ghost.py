@@ -9,15 +9,15 @@ import numpy as np
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def gradients(loss, params, shared, examples, chosen=lambda name: True):
-    """[B, P] float64: the leaves whose path is ``chosen``, flat, side by side; integers have none."""
+def gradients(loss, params, shared, examples, *, chosen=lambda name: True, jit=jit):
+    """[B, P] float64: the leaves whose path is ``chosen``, flat; integers have none."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     values = [value for _, value in leaves]
     ours = [
         i
         for i, (name, x) in enumerate(zip(names, values, strict=True))
-        if chosen(name) and np.issubdtype(jax.dtypes.result_type(x), np.floating)
+        if chosen(name) and jax.numpy.issubdtype(jax.dtypes.result_type(x), np.floating)
     ]
 
     def of_ours(mine, one):

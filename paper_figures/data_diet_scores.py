@@ -1,0 +1,132 @@
+"""The per-example scores of a Data Diet run: their names, their hard ends, their averages."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from dynamics import record, statistics
+from dynamics.statistics import Estimate
+from paper_figures import data_diet
+
+LABELS = {  # as the arrays name them -> as the reader sees them
+    "el2n": "EL2N",
+    "grand": "GraNd",
+    "loss": "loss",
+    "entropy": "entropy",
+    "logit_margin": "margin",
+    "pvi": "PVI",
+    "tracin": "TracIn-self",
+    "aum": "AUM",
+    "confidence": "confidence",
+    "forgetting": "forgetting",
+    "variability": "variability",
+    "vog": "VoG",
+    "input_norm": "input norm",
+}
+LOW = ("logit_margin", "pvi", "aum", "confidence")  # hard is the low end; of all others the high
+
+
+class Scores(NamedTuple):
+    """What a run scored."""
+
+    run: record.Run
+    early: float  # the epoch that the study says
+    epochs: tuple[float, ...]  # rising; the last ends the scoring runs
+    replicas: int
+
+    @property
+    def last(self) -> float:
+        """The epoch that ends the scoring runs."""
+        return self.epochs[-1]
+
+    def has(self, name: str) -> bool:
+        """Whether the run has the score, as in ``el2n@5``."""
+        return name in self.run.arrays
+
+    def hard(self, name: str) -> np.ndarray:
+        """f64[R, N], [1, N] of the input norm: high is hard, whatever the score.
+
+        An example that a run was not yet shown has NaN, one it never learned infinity.
+        """
+        ndim = 1 if name == "input_norm" else 2
+        found = np.atleast_2d(data_diet.array(self.run, name, ndim, finite=False))
+        shape = (len(found) if ndim == 1 else self.replicas, len(data_diet.index(self.run)))
+        if found.shape != shape:
+            raise ValueError(
+                f"{data_diet.where(self.run)}: array {name!r} must be of {shape[0]} replicas and "
+                f"{shape[1]} examples, got shape {found.shape}"
+            )
+        return -found if name.partition("@")[0] in LOW else found
+
+    def average(self, name: str) -> np.ndarray:
+        """f64[N]: the hardness of each example, averaged over replicas."""
+        return average(self.hard(name))
+
+    def estimate(self, statistic: Callable[[np.ndarray], float], *names: str) -> Estimate:
+        """A statistic of f64[names, N], averages over replicas; its interval is over replicas."""
+        found = [self.hard(name) for name in names]
+        whole = np.stack([np.broadcast_to(f, (self.replicas, f.shape[1])) for f in found], axis=1)
+        return statistics.jackknife(lambda some: statistic(average(some)), whole)
+
+
+def read(run: record.Run) -> Scores:
+    """The scores of a run of study Ranking. ValueError: a replica diverged, or EL2N is lacking."""
+    epochs = data_diet.value(run, "score", "epochs")
+    if not isinstance(epochs, list | tuple) or not epochs:
+        raise ValueError(f"{data_diet.where(run)}: 'score.epochs' must be a list, got {epochs!r}")
+    early = data_diet.number(run, "study", "scored_at")
+    (el2n,) = data_diet.scores(run, name_of("el2n", early))
+    return Scores(run, early, tuple(sorted(float(e) for e in epochs)), len(el2n))
+
+
+def name_of(kind: str, epoch: float) -> str:
+    """The array of a score at an epoch."""
+    return f"{kind}@{epoch:g}"
+
+
+def label(name: str) -> str:
+    """``EL2N @ 5`` of ``el2n@5``."""
+    kind, _, epoch = name.partition("@")
+    return LABELS[kind] + (f" @ {epoch}" if epoch else "")
+
+
+def average(replicas: np.ndarray) -> np.ndarray:
+    """f64[...] of [R, ...]: the mean of those that are numbers, infinity where none is."""
+    there = ~np.isnan(replicas)
+    total = np.where(there, replicas, 0.0).sum(axis=0)
+    return np.where(there.any(axis=0), total / np.maximum(there.sum(axis=0), 1), np.inf)
+
+
+def parts(replicas: np.ndarray, count: int) -> np.ndarray:
+    """[R, ...] of [R, ...]: averages over ``count`` replicas in a row, the last before the first.
+
+    Row i and row i + count share no replica if 2 count <= R.
+    """
+    turned = np.concatenate([replicas, replicas])
+    return np.stack([average(turned[i : i + count]) for i in range(len(replicas))])
+
+
+def flags(run: record.Run, name: str = "mislabelled") -> np.ndarray:
+    """bool[N]: the examples whose labels are wrong."""
+    found, count = run.arrays.get(name), len(data_diet.index(run))
+    if found is None or found.dtype != bool or found.shape != (count,):
+        got = "none" if found is None else f"{found.dtype} of shape {found.shape}"
+        raise ValueError(f"{data_diet.where(run)}: array {name!r} must be bool[{count}], got {got}")
+    return found
+
+
+def clipped(estimate: Estimate, low: float, high: float) -> Estimate:
+    """An interval that cannot leave a range; one without ends is left alone."""
+    if not np.isfinite(estimate.low):
+        return estimate
+    return Estimate(estimate.mean, max(estimate.low, low), min(estimate.high, high))
+
+
+def size(estimate: Estimate) -> Estimate:
+    """The absolute value, and an interval of it."""
+    mean, low, high = estimate
+    if not np.isfinite(low):
+        return Estimate(abs(mean), low, high)
+    least = 0.0 if low <= 0 <= high else min(abs(low), abs(high))
+    return Estimate(abs(mean), least, max(abs(low), abs(high)))

@@ -1,0 +1,59 @@
+"""What the figures of data_diet read a run with: numbers by cell, words for a config."""
+
+import math
+
+import made_up
+import numpy as np
+import polars as pl
+import pytest
+
+from dynamics import statistics
+from paper_figures import data_diet
+
+
+def test_cells_hold_each_replica_in_order():
+    cells = data_diet.cells(made_up.window(), "method", "dropped")
+    assert cells.replicas == made_up.REPLICAS
+    np.testing.assert_allclose(cells.of("window", 0.1), [81, 82, 83, 84])
+    np.testing.assert_allclose(cells.of("random", math.nan), [80, 81, 82, 83])
+    assert cells.places(method="window") == made_up.DROPPED
+    assert cells.has("easy", None) and not cells.has("window", 0.11)
+    assert cells.paired(("window", 0.1), ("random", None)).mean == pytest.approx(1)
+    assert cells.estimate("easy", None) == statistics.bootstrap(cells.of("easy", None))
+
+
+def test_other_columns_and_ranges():
+    run = made_up.rescoring()
+    with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\], got nan .*epoch 2"):
+        data_diet.cells(run, "method", "epoch", of="overlap")
+    late = run._replace(rows=run.rows.filter((pl.col("epoch") > 2) & (pl.col("method") != "full")))
+    cells = data_diet.cells(late, "method", "epoch", of="overlap", times=1.0)
+    assert cells.of("again", 5.0).tolist() == [0.25] * made_up.REPLICAS
+
+
+def test_scale_says_data_size_labels_and_model():
+    run = made_up.window(0.2)
+    assert data_diet.scale(run) == made_up.NOISY_SCALE
+    assert data_diet.scale(run, noise=False) == "digits, 60 examples, MLP 2 x 128"
+    assert data_diet.scale(run, noise=False, net=False) == "digits, 60 examples"
+    convnet = {"kind": "ConvNet", "channels": [16, 32]}
+    assert data_diet.model(convnet) == "ConvNet 16-32"
+    assert data_diet.model({"kind": "Linear"}) == "Linear"
+
+
+def test_the_correlation_is_of_the_averages_and_stays_in_its_range():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(5, 40))
+    b = a.mean(axis=0) + 0.01 * rng.normal(size=40)
+    rho = data_diet.correlation(a, b[None])
+    assert rho.mean == statistics.spearman(a.mean(axis=0), b)
+    assert -1 <= rho.low <= rho.mean <= rho.high <= 1
+    assert data_diet.correlation(a[:1], b[None])[1:] == (-math.inf, math.inf)
+
+
+def test_words():
+    assert data_diet.count(1.0, "epoch") == "1 epoch"
+    assert data_diet.count(0.5, "epoch") == "0.5 epochs"
+    assert data_diet.percent(0.125) == "12.5 %"
+    assert data_diet.minus("a - b") == "a \N{MINUS SIGN} b"
+    assert data_diet.nearest([0.2, 0.4], 0.3) == 0.2
