@@ -15,6 +15,7 @@ from dynamics.statistics import Claim, Estimate, Paired
 PAPER = "Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075"
 KIRSCH = "Kirsch 2023, arXiv 2303.14753"
 
+BEREFT = " Open markers: some class has no example left."
 OURS = f"ours, after {PAPER}"
 
 TABLE = ("panel", "series", "index", "x", "y", "low", "high", "seeds")  # of a figure's csv
@@ -132,6 +133,11 @@ def cells(
     return Cells(where(run), by, out)
 
 
+def bereft(run: record.Run, *by: str) -> set[Key]:
+    """The cells in which some class has no example left."""
+    return {_key(raw) for *raw, rarest in columns(run, *by, "rarest") if not rarest}
+
+
 def _key(raw: Sequence[Any]) -> Key:
     return tuple(_plain(part) for part in raw)
 
@@ -201,11 +207,18 @@ def number(run: record.Run, *path: str) -> float:
     return float(found)
 
 
+NAMES = {
+    "mnist": "MNIST",
+    "fashion_mnist": "Fashion-MNIST",
+    "cifar10": "CIFAR-10",
+    "cifar100": "CIFAR-100",
+}
+
+
 def scale(run: record.Run, *, noise: bool = True, net: bool = True) -> str:
     """Data, size, labels, model, as in "digits, 1,347 examples, clean labels, MLP 2 x 128"."""
-    source = value(run, "data", "source")
-    source = source["kind"].lower() if isinstance(source, Mapping) else str(source)
-    words = [source, f"{len(index(run)):,} examples"]
+    kind, _, copy = str(run.provenance.get("source", value(run, "data", "source"))).partition(" ")
+    words = [f"{NAMES.get(kind, kind)} {copy}".strip(), f"{len(index(run)):,} examples"]
     words += [labels(run)] if noise else []
     return ", ".join([*words, *([model(value(run, "model"))] if net else [])])
 

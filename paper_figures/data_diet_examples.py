@@ -33,7 +33,6 @@ CLASSES = {
     "cifar10": "plane car bird cat deer dog frog horse ship truck".split(),
     "fashion_mnist": "t-shirt pants sweater dress coat sandal shirt shoe bag boot".split(),
 }
-SOURCES = {"cifar10": "CIFAR-10 (JPEG)"}  # its pixel values went through JPEG
 MOST = 10  # classes drawn
 WRONG = "#D55E00"
 GAP, STRIP, HEADER = 0.4, 0.34, 0.5  # between classes, under an image, above (a), in images
@@ -153,7 +152,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
         figure=figure,
         paper=PAPER,
         seeds=scores.replicas,
-        scale=_scale(study),
+        scale=data_diet.scale(study.scores.run),
     )
     wrong, norm = study.wrong.astype(np.float64), scores.average("input_norm")
     half = scores.replicas // 2
@@ -259,16 +258,10 @@ def _table(study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _scale(study: Study) -> str:
-    """The scale of the run, its source as it is to be called."""
-    source, comma, rest = data_diet.scale(study.scores.run).partition(",")
-    return SOURCES.get(source, source) + comma + rest
-
-
 def _caption(study: Study, classes: int) -> str:
     scores = study.scores
     some = study.shown.shape[1]
-    text = f"{_scale(study)}. Under each image its EL2N after "
+    text = f"{data_diet.scale(study.scores.run)}. Under each image its EL2N after "
     text += f"{data_diet.count(scores.early, 'epoch')}, averaged over "
     text += f"{data_diet.count(scores.replicas, 'run')}."
     if study.wrong[study.shown[:, :classes]].any():

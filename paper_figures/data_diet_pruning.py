@@ -24,7 +24,7 @@ from dynamics import record
 from dynamics.statistics import Claim, Estimate, Paired
 from paper_figures import data_diet, panels
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, Cells, Said, count, minus, percent, row
+from paper_figures.data_diet import KIRSCH, Cells, Key, Said, count, minus, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Pruning"
@@ -60,9 +60,7 @@ NORM = Said(
     "GraNd at initialisation ranks examples by little more than the norm of their input.", KIRSCH
 )
 CHANCE = Said(
-    "GraNd at initialisation, by which the submission of Data Diet prunes 50 %, does not "
-    "reproduce: it keeps no better examples than chance.",
-    KIRSCH,
+    "Pruning half by GraNd at initialisation does not reproduce: no better than chance.", KIRSCH
 )
 NO_BETTER = Said(
     "What GraNd at initialisation keeps is no better than the inputs of largest norm, which need "
@@ -83,6 +81,7 @@ class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
     accuracy: Cells  # by method and fraction, in percent
+    bereft: set[Key]  # those of them in which some class has no example left
     methods: tuple[str, ...]  # all but random and full
     fractions: tuple[float, ...]  # kept, rising
     scores: dict[str, np.ndarray]  # f64[R, N]; f64[1, N] for the input norm
@@ -167,6 +166,7 @@ def _study(run: record.Run) -> Study:
         notes += f" Coverage-centric without the hardest {percent(cutoff)}."
     return Study(
         accuracy=accuracy,
+        bereft=data_diet.bereft(run, "method", "fraction"),
         methods=tuple(m for m in METHODS if m in asked and m != "random"),
         fractions=fractions,
         scores=scores,
@@ -228,7 +228,8 @@ def _panel_accuracy(axes: Axes, study: Study) -> list[dict[str, Any]]:
     rows, seeds = [], study.accuracy.replicas
     for method in (*study.methods, "random"):
         found = [study.accuracy.estimate(method, f) for f in study.fractions]
-        panels.line(axes, study.fractions, found, METHODS[method])
+        hollow = [(method, fraction) in study.bereft for fraction in study.fractions]
+        panels.line(axes, study.fractions, found, METHODS[method], hollow=hollow)
         rows += [
             row("a", METHODS[method], f, e, seeds)
             for f, e in zip(study.fractions, found, strict=True)
@@ -249,7 +250,8 @@ def _panel_difference(axes: Axes, study: Study) -> list[dict[str, Any]]:
     for method, shift in zip(study.methods, shifts, strict=True):
         for fraction in study.fractions:
             found = study.difference(method, fraction)
-            panels.bar(axes, fraction * (1 + shift), found, METHODS[method])
+            hollow = (method, fraction) in study.bereft
+            panels.bar(axes, fraction * (1 + shift), found, METHODS[method], hollow=hollow)
             rows.append(row("b", METHODS[method], fraction, found, found.seeds))
     axes.set_ylabel("accuracy \N{MINUS SIGN} random (points)")
     _kept_axis(axes, study)
@@ -295,5 +297,5 @@ def _caption(study: Study) -> str:
         f"{study.scale}. (a, b) {count(seeds, 'paired seed')}, {count(study.trained, 'epoch')}; "
         f"{intervals}; (b) is logarithmic beyond ±1. (c, d) Darker: more examples; scores averaged "
         f"over {count(scorings, 'run')}, EL2N and GraNd after {count(study.scored_at, 'epoch')}."
-        f"{study.notes}"
+        f"{study.notes}{data_diet.BEREFT if study.bereft else ''}"
     )

@@ -20,7 +20,7 @@ from dynamics import record
 from dynamics.statistics import Claim, Paired
 from paper_figures import data_diet, panels
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, OURS, Cells, Said, count, percent, row
+from paper_figures.data_diet import KIRSCH, OURS, Cells, Key, Said, count, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Timing"
@@ -63,6 +63,7 @@ class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
     accuracy: Cells  # by method and scored_at, in percent
+    bereft: set[Key]  # those of them in which some class has no example left
     epochs: dict[str, tuple[float, ...]]  # of each method, at which it was scored, rising
     kept: float
     noise: float
@@ -100,7 +101,7 @@ def draw(
         grid[0, 0].set_ylabel("test accuracy (%)")
         grid[1, 0].set_ylabel("above random (points)")
         panels.legend(fig, grid[0, 0], ncols=None if columns == "full" else 2)
-        drawing.caption(fig, _caption(runs[0], studies[0]))
+        drawing.caption(fig, _caption(runs[0], studies))
         paths = drawing.save(
             *(fig, folder, name),
             table=data_diet.table(rows),
@@ -129,6 +130,7 @@ def _study(run: record.Run) -> Study:
             raise ValueError(f"{data_diet.where(run)} has no rows for {method!r} after epoch 0")
     return Study(
         accuracy=accuracy,
+        bereft=data_diet.bereft(run, "method", "scored_at"),
         epochs=epochs,
         kept=data_diet.number(run, "study", "kept"),
         noise=data_diet.number(run, "noise"),
@@ -185,7 +187,8 @@ def _accuracies(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
     rows, seeds = [], study.accuracy.replicas
     for method, epochs in study.epochs.items():
         found = [study.accuracy.estimate(method, epoch) for epoch in epochs]
-        panels.line(axes, epochs, found, METHODS[method])
+        hollow = [(method, epoch) in study.bereft for epoch in epochs]
+        panels.line(axes, epochs, found, METHODS[method], hollow=hollow)
         rows += [
             row(letter, METHODS[method], x, e, seeds) for x, e in zip(epochs, found, strict=True)
         ]
@@ -207,7 +210,8 @@ def _differences(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
         for epoch in epochs:
             found = study.after(method, epoch)
             x = epoch * (1 + shift) if epoch else shift * smallest
-            panels.bar(axes, x, found, METHODS[method])
+            hollow = (method, epoch) in study.bereft
+            panels.bar(axes, x, found, METHODS[method], hollow=hollow)
             rows.append(row(letter, METHODS[method], epoch, found, found.seeds))
     full = study.accuracy.paired(("full", None), ("random", None))
     panels.level(axes, full, "all data")
@@ -219,12 +223,13 @@ def _differences(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _caption(run: record.Run, study: Study) -> str:
-    seeds = study.accuracy.replicas
+def _caption(run: record.Run, studies: Sequence[Study]) -> str:
+    study, seeds = studies[0], studies[0].accuracy.replicas
+    lost = data_diet.BEREFT if any(s.bereft for s in studies) else ""
     intervals = "bands and bars are 95 % intervals of the mean" if seeds > 1 else "no intervals"
     return (
         f"{data_diet.scale(run, noise=False)}. {percent(study.kept)} of the examples kept, by "
         f"scores averaged over {count(study.scorings, 'run')}; retrained for "
         f"{count(study.trained, 'epoch')}, {count(seeds, 'paired seed')}; {intervals}. Below: "
-        "logarithmic beyond ±1."
+        f"logarithmic beyond ±1.{lost}"
     )

@@ -20,7 +20,7 @@ from dynamics import record
 from dynamics.statistics import Claim, Paired
 from paper_figures import data_diet, panels
 from paper_figures import draw as drawing
-from paper_figures.data_diet import OURS, Cells, Said, count, percent, row
+from paper_figures.data_diet import OURS, Cells, Key, Said, count, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Window"
@@ -54,6 +54,7 @@ class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
     accuracy: Cells  # by method and dropped, in percent
+    bereft: set[Key]  # those of them in which some class has no example left
     dropped: tuple[float, ...]  # fractions of hardest examples left out, rising
     kept: float
     examples: int
@@ -112,6 +113,7 @@ def _study(run: record.Run) -> Study:
         accuracy.of(method, None)
     return Study(
         accuracy=accuracy,
+        bereft=data_diet.bereft(run, "method", "dropped"),
         dropped=dropped,
         kept=data_diet.number(run, "study", "kept"),
         examples=len(data_diet.index(run)),
@@ -168,7 +170,8 @@ def _panel(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
     found = [study.accuracy.estimate("window", part) for part in study.dropped]
     if study.noise:
         axes.axvline(100 * study.noise, color="#999999", ls=":", lw=0.8)
-    panels.line(axes, x, found, "EL2N (hardest)", label=WINDOW)
+    hollow = [("window", part) in study.bereft for part in study.dropped]
+    panels.line(axes, x, found, "EL2N (hardest)", label=WINDOW, hollow=hollow)
     rows = [
         row(letter, WINDOW, part, e, seeds) for part, e in zip(study.dropped, found, strict=True)
     ]
@@ -192,10 +195,11 @@ def _panel(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
 def _caption(run: record.Run, studies: Sequence[Study]) -> str:
     study, seeds = studies[0], studies[0].accuracy.replicas
     intervals = "bands are 95 % intervals of the mean" if seeds > 1 else "no intervals"
+    lost = data_diet.BEREFT if any(s.bereft for s in studies) else ""
     wrong = " Dotted: as many as are wrong." if any(s.noise for s in studies) else ""
     return (
         f"{data_diet.scale(run, noise=False)}. {percent(study.kept)} of the examples kept in the "
         f"order of EL2N after {count(study.scored_at, 'epoch')}, between those left out at either "
         f"end; retrained for {count(study.trained, 'epoch')}, {count(seeds, 'paired seed')}; "
-        f"{intervals}.{wrong}"
+        f"{intervals}.{wrong}{lost}"
     )

@@ -15,14 +15,24 @@ Band = Estimate | Paired  # a mean between two ends
 
 
 def line(
-    axes: Axes, x: Sequence[float], estimates: Sequence[Band], name: str, *, label: str = ""
+    axes: Axes,
+    x: Sequence[float],
+    estimates: Sequence[Band],
+    name: str,
+    *,
+    label: str = "",
+    hollow: Sequence[bool] = (),
 ) -> None:
-    """Means over ``x`` as a line with markers, their intervals as a band."""
+    """Means over ``x`` as a line with markers, some ``hollow``, their intervals as a band."""
     look = LOOKS[name]
     mean, low, high = np.array([(e.mean, e.low, e.high) for e in estimates]).T
     axes.plot(
         x, mean, look.line, color=look.color, marker=look.marker, label=label or name, zorder=3
     )
+    empty = [i for i, is_hollow in enumerate(hollow) if is_hollow]
+    if empty:
+        places = [x[i] for i in empty]
+        axes.plot(places, mean[empty], look.marker, color=look.color, mfc="white", zorder=4)
     if np.isfinite([low, high]).all():
         axes.fill_between(x, low, high, color=look.color, alpha=0.18, lw=0)
 
@@ -38,7 +48,14 @@ def level(axes: Axes, estimate: Band, name: str, *, label: str = "") -> None:
 
 
 def bar(
-    axes: Axes, at: float, e: Band, name: str, *, label: str = "", horizontal: bool = False
+    axes: Axes,
+    at: float,
+    e: Band,
+    name: str,
+    *,
+    label: str = "",
+    horizontal: bool = False,
+    hollow: bool = False,
 ) -> None:
     """A mean at one place as a marker, its interval as a bar."""
     look = LOOKS[name]
@@ -52,6 +69,7 @@ def bar(
         yerr=None if horizontal else known,
         color=look.color,
         marker=look.marker or "_",
+        mfc="white" if hollow else look.color,
         ls="",
         elinewidth=0.9,
         label=label or name,

@@ -121,6 +121,8 @@ def load(config: DataConfig, folder: Path | str | None = None) -> Splits:
     test_rows = test_rows[_chosen("num_test", config.num_test, len(test_rows), seed)]
     mean, std = moments(_taken(train[0], rows))
     name = Path(config.file).stem if source == "npz" else source
+    if train[0].ndim == 4 and recompressed(train[0]):
+        name += " (JPEG)"
     return Splits(
         train=_dataset(train, rows, mean, std),
         test=_dataset(test, test_rows, mean, std),
@@ -221,6 +223,25 @@ def moments(
     std = np.sqrt(squares / count)
     std = np.where(std > 1e-12 * np.abs(mean), std, 1.0)
     return mean[0].astype(np.float32), std[0].astype(np.float32)
+
+
+def recompressed(x: Num[np.ndarray, "n h w c"]) -> bool:
+    """Whether colour images show the 8 x 8 blocks of JPEG: another dataset than its original.
+
+    Differences of neighbouring pixels across the edges of blocks exceed those beside the edges by
+    more than 3 %, over the first 2,000 images (7 % at quality 75; without blocks they agree).
+    """
+    if x.shape[0] < 100 or min(x.shape[1:3]) < 24 or x.dtype != np.uint8:
+        return False
+    grey = x[:2000].astype(np.float32).mean(axis=3)
+    rises = []
+    for axis in (1, 2):
+        step = np.abs(np.diff(grey, axis=axis)).mean(axis=(0, 3 - axis))
+        edges = np.arange(7, len(step) - 1, 8)
+        rises.append(
+            step[edges].sum() / np.maximum((step[edges - 1] + step[edges + 1]).sum() / 2, 1e-9)
+        )
+    return bool(np.mean(rises) > 1.03)
 
 
 def digest(dataset: Dataset) -> str:

@@ -33,6 +33,7 @@ from dynamics.ghost.uses import (
     Site,
     Walk,
     Weight,
+    live,
 )
 from dynamics.types import Leaf, PyTree
 
@@ -88,13 +89,19 @@ def factors(
         for i, leaf in enumerate(leaves)
     ]
     origins += [CONSTANT] * len(jax.tree.leaves(shared)) + [EXAMPLE] * len(jax.tree.leaves(one))
-    sites, direct = _plan(closed, (leaves, shared, one), origins, names, leaves)
+    jaxpr = live(closed)
+
+    def walked(walk: Walk, values: list[Any]) -> tuple[Any, Any]:
+        (value,), (origin,) = walk.run(jaxpr, closed.consts, values, origins)
+        return value, origin
+
+    sites, direct = _plan(walked, (leaves, shared, one), names, leaves)
 
     def tapped(taps: dict, own: dict, example: PyTree) -> tuple[jax.Array, tuple[dict, dict]]:
         walk = Walk(taps)
         mine = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
         values = [*mine, *jax.tree.leaves(shared), *jax.tree.leaves(example)]
-        (value,), _ = walk.run(closed.jaxpr, closed.consts, values, origins)
+        value, _ = walked(walk, values)
         scales = {
             site.number: jnp.asarray(site.weight.factor, jnp.float32)
             for site in walk.sites
@@ -124,13 +131,13 @@ def _floating(leaf: Leaf) -> bool:
 
 
 def _plan(
-    closed: Any, args: PyTree, origins: list[Any], names: list[str], leaves: Sequence[Any]
+    walked: Callable[..., Any], args: PyTree, names: list[str], leaves: Sequence[Any]
 ) -> tuple[list[Site], list[int]]:
     """The sites whose weights are factored, and the leaves that are not."""
     walk = Walk()
 
     def noted(args: PyTree) -> Any:
-        (value,), (origin,) = walk.run(closed.jaxpr, closed.consts, jax.tree.leaves(args), origins)
+        value, origin = walked(walk, jax.tree.leaves(args))
         walk.note("the loss", origin)
         return value
 

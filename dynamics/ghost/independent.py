@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 from jax.extend.core import Literal
-from jax.interpreters import partial_eval
 
+from dynamics.ghost.uses import live
 from dynamics.types import PyTree
 
 SIZES = (10007, 10009, 10037)  # primes: an axis of such a length is the batch, or made of it
@@ -40,10 +40,9 @@ def check_independent(
     closed = jax.make_jaxpr(losses)(state, many)
     shape = closed.out_avals[0].shape
     what = "" if shape == (size,) else f"losses of {size} examples are {shape}"
-    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)
     rows = [NONE for _ in jax.tree.leaves(state)] + [ALL for _ in jax.tree.leaves(many)]
     try:
-        _Search(size).follow(live, rows)
+        _Search(size).follow(live(closed), rows)
     except _Coupled as found:
         what = f"{found} runs over the batch"
     if what:
@@ -161,7 +160,9 @@ class _Search:
             meet = any(a[1] != b[0] for a, b in zip(known, known[1:], strict=False) if a != b)
         else:
             meet = len(set(known)) > 1
-        broadcast = whole and not name.startswith(JOINING) and any(r not in (NONE, ALL) for r in ins)
+        broadcast = (
+            whole and not name.startswith(JOINING) and any(r not in (NONE, ALL) for r in ins)
+        )
         if meet or broadcast or self._runs_over(eqn) or self._moves(eqn):
             raise _Coupled(name)
 

@@ -1,9 +1,9 @@
 """Where a function uses its weights: a walk through its jaxpr that can add taps there.
 
 A value is *made of* a weight if it holds the weight's entries and nothing else, moved and scaled; a
-*use* is an equation in which such a value meets something that depends on the example. At a use
-that is a product, a convolution or a lookup, the derivative by an added tap and the other operand
-say everything about the weight's gradient.
+*use* is an equation in which such a value meets something that depends on the example, or becomes
+smaller. At a use that is a product, a convolution or a lookup, the derivative by an added tap and
+the other operand say everything about the weight's gradient.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
+from jax.interpreters import partial_eval
 
 CONSTANT, EXAMPLE = "constant", "example"  # does not depend on params / depends on the example
 
@@ -131,10 +132,10 @@ class Walk:
         seen = any(o is EXAMPLE for o in origins)
         if not ours:
             return outs, [EXAMPLE if seen else CONSTANT] * len(outs)
-        if not seen:
+        kind = _kind(eqn, origins, ours)
+        if not seen and (kind is None or outs[0].size >= values[ours[0]].size):
             origin = _moved(eqn, values, origins, ours)
             return outs, [origin] * len(outs)
-        kind = _kind(eqn, origins, ours)
         if kind is None:
             for i in ours:
                 self.note(eqn.primitive.name, origins[i])
@@ -159,6 +160,11 @@ class Walk:
             self.direct[leaf] = self.direct.get(leaf) or (
                 "" if cheap else f"it enters {name}{through}"
             )
+
+
+def live(closed: Any) -> Any:
+    """The jaxpr of a traced function, without the equations its one output does not need."""
+    return partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)[0]
 
 
 def _bind(eqn: Any, values: list[Any]) -> list[Any]:
@@ -218,7 +224,7 @@ def _kind(eqn: Any, origins: list[Any], ours: list[int]) -> Product | Convolutio
             *(tuple(p["window_strides"]), tuple(map(tuple, p["padding"]))),
             *(tuple(p["lhs_dilation"]), tuple(p["rhs_dilation"]), p["feature_group_count"]),
         )
-    if name == "gather" and at == 0 and origins[1] is EXAMPLE:
+    if name == "gather" and at == 0:
         return _lookup(eqn)
     return None
 

@@ -86,7 +86,7 @@ def sweep(
     determines them. ValueError: a subset smaller than a batch.
     """
     _check(configs, data, mesh)
-    about = {"data": sources.digest(data.train) + sources.digest(data.test)}
+    about = {"data": sources.digest(data.train) + sources.digest(data.test), "source": data.name}
     folder = None if store is None else Path(store, "data_diet")
     scored = scoring.stored(data, mesh, None if folder is None else folder / "scores", about)
     study = STUDIES[type(configs[0].study)]

@@ -87,6 +87,8 @@ class Timing:
     """Fraction of the examples that is kept"""
     methods: tuple[Literal["el2n", "grand", "forgetting", "aum"], ...] = ("el2n", "grand")
     """Scores whose hardest examples are kept, at each of score.epochs"""
+    balanced: bool = False
+    """Whether every class keeps the same fraction"""
     replicas: Count = 10
     """Paired seeds of each subset"""
     epochs: Positive = 20.0
@@ -103,6 +105,8 @@ class Window:
     """Fractions of hardest examples that are left out before"""
     scored_at: NonNegative = 5.0
     """Epoch of the EL2N scores, one of score.epochs"""
+    balanced: bool = False
+    """Whether every class keeps the same fraction"""
     replicas: Count = 10
     """Paired seeds of each subset"""
     epochs: Positive = 20.0

@@ -15,6 +15,7 @@ from dynamics import scores
 from dynamics.data.sources import Splits
 from dynamics.probes import Evaluate, Score
 from dynamics.record import Recorder, Table
+from dynamics.types import Results
 from experiments.data_diet import training
 from experiments.data_diet.config import Config, Rescoring
 from experiments.data_diet.config import scoring as scoring_config
@@ -34,8 +35,8 @@ def rescore(
     """Rows for each (method, epoch, replica): accuracy at every choice and at the end.
 
     ``once`` keeps the hardest at the end of the warm-up, ``again`` anew at every choice; ``random``
-    and ``random_again`` draw instead. ``overlap`` is the part of the subset that was in the one
-    before (nan where there was none).
+    and ``random_again`` draw instead. ``overlap`` is the part of the new choice that was in the
+    one before (nan where there was none before or after).
     """
     banks = scored([scoring_config(point) for point in points])
     study, n = points[0].study, len(data.train)
@@ -69,7 +70,7 @@ def rescore(
         state, before = results.state, (rows, sizes)
         if not last:
             rows, sizes = _choose(results.arrays[f"el2n.score@{end}"], before, count, points, r, i)
-        tables.append(_columns(results, end, before, (rows, sizes), points, r, data, first))
+        tables.append(_columns(results, end, before, None if last else (rows, sizes), data, first))
     return _tables(tables, banks, points, r)
 
 
@@ -103,15 +104,19 @@ def _choose(
     return rows, sizes
 
 
-def _columns(results, end, before, after, points, r, data, first) -> dict[str, np.ndarray]:
-    overlap = [
-        len(np.intersect1d(a[:m], b[:k])) / k if m < len(a) else np.nan
-        for a, m, b, k in zip(*before, *after, strict=True)
-    ]
-    tested = training.tested_at(results, end)
+def _columns(
+    results: Results, end: int, before: tuple, after: tuple | None, data: Splits, first: Config
+) -> dict[str, np.ndarray]:
+    """What was measured at a choice, and how much of the choice was in the one before."""
+    overlap = np.full(len(before[1]), np.nan)
+    if after is not None:
+        for k, (a, m, b, count) in enumerate(zip(*before, *after, strict=True)):
+            if m < len(a):
+                overlap[k] = len(np.intersect1d(a[:m], b[:count])) / count
     per = len(data.train) // first.train.batch_size
     epoch = np.full(len(overlap), end / per)
-    return tested | {"kept": before[1], "overlap": np.array(overlap), "epoch": epoch}
+    tested = training.tested_at(results, end)
+    return tested | {"kept": before[1], "overlap": overlap, "epoch": epoch}
 
 
 def _tables(parts: list[dict], banks: list, points: Sequence[Config], r: int) -> list[Table]:

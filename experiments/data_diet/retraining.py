@@ -69,14 +69,14 @@ def time(
         assert isinstance(study, Timing)
         rest = {"fraction": study.kept, "scored_at": np.nan}
         out = [_all(arrays, study.replicas, **rest | {"fraction": 1.0})]
-        out.append(_subset(point, arrays, "random", study.kept, study.replicas, rest, at=0.0))
+        share = {"balanced": study.balanced}
+        kept = (study.kept, study.replicas)
+        out.append(_subset(point, arrays, "random", *kept, rest, at=0.0, **share))
         for method, epoch in itertools.product(study.methods, point.score.epochs):
             if f"{method}@{epoch:g}" in arrays:
                 columns = {"fraction": study.kept, "scored_at": epoch}
                 hard = f"{method}_hard"
-                out.append(
-                    _subset(point, arrays, hard, study.kept, study.replicas, columns, at=epoch)
-                )
+                out.append(_subset(point, arrays, hard, *kept, columns, at=epoch, **share))
         return out
 
     return _retrained(points, scored, choose, lambda *_: {}, data, mesh, recorder)
@@ -102,14 +102,16 @@ def slide(
             round(study.kept * n),
             study.replicas,
         )
+        labels = arrays["labels"] if study.balanced else None
         rest = {"fraction": study.kept, "dropped": np.nan, "offset": np.nan}
         out = [_all(arrays, r, **rest | {"fraction": 1.0})]
         for method, name in (("random", "random"), ("el2n_easy", "easy")):
-            found = _subset(point, arrays, method, study.kept, r, rest, at=study.scored_at)
+            options = {"at": study.scored_at, "balanced": study.balanced}
+            found = _subset(point, arrays, method, study.kept, r, rest, **options)
             out.append(found._replace(columns=found.columns | {"method": name}))
         for part in study.dropped:
             drop = min(round(part * n), n - count)
-            rows = scores.window(mean, count, drop=drop, seed=point.seed)
+            rows = scores.window(mean, count, drop=drop, labels=labels, seed=point.seed)
             columns = {"method": "window", "dropped": part, "offset": n - count - drop}
             out.append(Subset(rest | columns, [rows] * r))
         return out
@@ -130,7 +132,8 @@ def transfer(
     """Rows for each (target, source, replica): ``target`` is trained on the hardest of ``source``.
 
     Settings: ``own``, ``model`` (the other architecture) and ``rate`` (the other learning rate);
-    source ``random`` is a random subset, ``full`` all data. Arrays: ``el2n_<setting>`` f32[R, N].
+    source ``random`` is a random subset, ``full`` all data. Arrays: ``el2n_<setting>`` f32[R, N],
+    and ``diverged_<setting>`` f64[R] of the runs that scored.
     """
     settings = {
         name: [_changed(point, name) for point in points] for name in ("own", "model", "rate")
@@ -157,7 +160,7 @@ def transfer(
         rows = training.retrained(
             *([c.train for c in changed], [p.seed for p in points]),
             training.net_of(changed[0].model, data),
-            *(subsets, [b["labels"] for b in banks["own"]], data, points[0].study.epochs, mesh),  # pyright: ignore
+            *(subsets, banks["own"], data, points[0].study.epochs, mesh),  # pyright: ignore
             recorder and recorder.stage(target),
             f"retrain {target}",
         )
@@ -168,6 +171,7 @@ def transfer(
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         at = points[p].study.scored_at  # pyright: ignore[reportAttributeAccessIssue]
         arrays = {f"el2n_{name}": bank[p][f"el2n@{at:g}"] for name, bank in banks.items()}
+        arrays |= {f"diverged_{name}": bank[p]["diverged"] for name, bank in banks.items()}
         arrays |= {name: banks["own"][p][name] for name in SHARED}
         out.append(Table({"stage": np.full(len(columns["kept"]), "transfer")} | columns, arrays))
     return out
@@ -200,7 +204,7 @@ def _retrained(
         *([point.train for point in points], [point.seed for point in points]),
         training.net_of(points[0].model, data),
         [choose(point, arrays) for point, arrays in zip(points, banks, strict=True)],
-        *([arrays["labels"] for arrays in banks], data),
+        *(banks, data),
         points[0].study.epochs,  # pyright: ignore[reportAttributeAccessIssue]
         *(mesh, recorder),
     )

@@ -93,7 +93,7 @@ def retrained(
     seeds: Sequence[int],
     net: Task,
     subsets: Sequence[Sequence[Subset]],
-    labels: Sequence[np.ndarray],
+    banks: Sequence[dict[str, np.ndarray]],
     data: Splits,
     epochs: float,
     mesh: Mesh | None,
@@ -102,10 +102,12 @@ def retrained(
 ) -> list[dict[str, np.ndarray]]:
     """Train every subset of every point from scratch, with seeds paired across subsets.
 
-    Rows of each point: the subsets' columns, ``kept``, ``rarest`` (examples of the class that has
-    fewest left), ``replica``, and of the last epoch ``test_accuracy`` (0..1) and ``test_loss``
-    (nats), NaN where the run ``diverged``.
+    ``banks`` are the points' scores. Rows of each point: the subsets' columns, ``kept``, ``rarest``
+    (examples of the class that has fewest left), ``wrong`` (the part whose labels are wrong),
+    ``replica``, and of the last epoch ``test_accuracy`` (0..1) and ``test_loss`` (nats), NaN where
+    the run ``diverged``.
     """
+    labels = [bank["labels"] for bank in banks]
     r, s, n = len(subsets[0][0].rows), len(subsets[0]), len(data.train)
     num_steps = max(1, steps(settings[0], data, epochs))
     rows = np.zeros((len(settings), s, r, n), np.int32)
@@ -135,6 +137,7 @@ def retrained(
         columns |= {
             "kept": sizes[p].reshape(-1),
             "rarest": np.array([counts.min() for counts in classes]),
+            "wrong": np.array([banks[p]["mislabelled"][k].mean() for m in mine for k in m.rows]),
             "replica": np.tile(np.arange(r), s),
         }
         tables.append(columns | {name: values[here] for name, values in tested.items()})

@@ -14,7 +14,7 @@ from test_files import idx_bytes, npz, pixels, write
 
 from dynamics.config import fingerprint
 from dynamics.data import DataConfig, DataError, load
-from dynamics.data.sources import digest, moments, split
+from dynamics.data.sources import digest, moments, recompressed, split
 
 FOLDER = os.environ.get("DYNAMICS_DATA")
 IDX = (
@@ -395,3 +395,15 @@ def test_mnist():
         unpacked = gzip.decompress(packed.read_bytes())
         assert hashlib.md5(unpacked).hexdigest() == "6bbc9ace898e44ae57da46a324031adb"
         assert unpacked[16:] == splits.train.x.tobytes()
+
+
+def test_images_that_went_through_jpeg_are_known_by_their_blocks() -> None:
+    """Smooth noise as it is, and with a step at every edge of the 8 x 8 blocks."""
+    generator = np.random.default_rng(0)
+    smooth = generator.normal(0, 10, (300, 32, 32, 3)).cumsum(axis=1).cumsum(axis=2) / 4 + 128
+    blocks = generator.normal(0, 20, (300, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    as_stored = lambda x: np.clip(x, 0, 255).astype(np.uint8)  # noqa: E731
+    assert not recompressed(as_stored(smooth))
+    assert recompressed(as_stored(smooth + blocks))
+    assert not recompressed(as_stored(smooth + np.roll(blocks, 3, axis=(1, 2))))
+    assert not recompressed(as_stored(smooth)[:10])  # too few to tell

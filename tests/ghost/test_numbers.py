@@ -57,7 +57,7 @@ SCALES = (1e-25, 1e-12, 1, 1e15, 1e25)
 @pytest.mark.parametrize("positions", [1, 3, 40])
 @pytest.mark.parametrize("loss", [net, table, convolved])
 def test_lengths_of_any_size(loss: Any, positions: int) -> None:
-    """1e-25 squared is no float32, nor is 1e25; and one example does not change another's digits."""
+    """1e-25 squared is no float32, nor is 1e25; and no example changes another's digits."""
     x = normal(len(SCALES), positions, 6), jnp.asarray(SCALES, jnp.float32)
     compare(lambda p, _, x: loss(p, x[1], x[0]), PARAMS, {}, x)
 

@@ -1,6 +1,5 @@
 """Every way to use a weight: norms and inner products equal those of the gradients themselves."""
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -60,31 +59,8 @@ def loss(predict: Callable[[Any, Any], jax.Array]) -> Any:
     return of_one
 
 
-def found(c: Case, only: str = "") -> tuple[ghost.Factors, np.ndarray, np.ndarray]:
-    """The factors, the lengths, and the products with the examples the other way round."""
-
-    @reference.jit
-    def run(params: Any, examples: Any) -> Any:
-        one = ghost.factors(loss(c.predict), params, {}, examples, only=only)
-        turned = jax.tree.map(lambda x: x[::-1], examples)
-        other = ghost.factors(loss(c.predict), params, {}, turned, only=only)
-        return one, ghost.norms(one), ghost.products(one, other)
-
-    one, norms, products = run(c.params, examples(c))
-    return one, np.asarray(norms), np.asarray(products)
-
-
 def examples(c: Case) -> Any:
     return c.x, jnp.linspace(-1.0, 1.0, len(jax.tree.leaves(c.x)[0]))
-
-
-def check(c: Case) -> None:
-    each = reference.gradients(loss(c.predict), c.params, {}, examples(c))
-    one, norms, products = found(c)
-    assert set(one.parts) == set(c.factored.split())
-    np.testing.assert_allclose(norms, reference.norms(each), rtol=1e-5)
-    largest = np.abs(each @ each.T).max()
-    np.testing.assert_allclose(products, each @ each[::-1].T, rtol=1e-5, atol=1e-6 * largest)
 
 
 # ---- dense ----
@@ -163,7 +139,7 @@ convolution(
     **{"padding": [(3, -1), (0, 2)], "feature_group_count": 2},
 )
 convolution("groups, many places", (1, 6, 6, 6), (3, 3, 2, 9), True, feature_group_count=3)
-convolution("groups, few places", (1, 2, 2, 12), (2, 2, 4, 12), False, feature_group_count=3)
+convolution("groups, few places", (1, 2, 2, 12), (2, 2, 4, 24), False, feature_group_count=3)
 convolution("depthwise", (1, 5, 5, 4), (3, 3, 1, 4), feature_group_count=4)
 convolution("depthwise, multiplied", (1, 5, 5, 4), (3, 3, 1, 8), feature_group_count=4)
 convolution("1-D", (1, 9, 3), (4, 3, 2), window_strides=(2,))
@@ -294,6 +270,11 @@ def lookup_two_kinds(p: Any, x: Any) -> Any:
     return jnp.concatenate([p["w"][x[0]], p["w"][x[1]]]) @ p["u"]
 
 
+case("lookup, few rows and many places", TABLE, tokens(30), "w u")(lookup)
+case("lookup, few rows", {"w": normal(V, 3)}, tokens(30), "w", True)(lookup_matrices)
+case("lookup, many rows", {"w": normal(50, 3)}, tokens(4, high=50), "w", False)(lookup_matrices)
+
+
 # ---- weights used more than once ----
 
 
@@ -392,6 +373,27 @@ def shared_both(p: Any, x: Any) -> Any:
 @case("shared, factors differ", {"w": normal(4, 4)}, inputs(3, 4))
 def shared_factors(p: Any, x: Any) -> Any:
     return jnp.tanh(x @ (2 * p["w"])) @ (-p["w"] / 3).T
+
+
+case("shared, few rows and many places", TABLE, tokens(30), "w", True)(tied_one_hot)
+
+
+@case("shared, many rows", {"w": normal(60, 12)}, tokens(2, high=60), "w", False)
+def tied_many_rows(p: Any, x: Any) -> Any:
+    return jnp.tanh(p["w"][x]) @ p["w"].T
+
+
+@case("shared, the output first, few rows", TABLE, (inputs(30, 3), tokens(20)), "w", True)
+def tied_few_rows(p: Any, x: Any) -> Any:
+    return (jnp.tanh(x[0] @ p["w"].T).sum(axis=0) @ p["w"])[None] * p["w"][x[1]]
+
+
+@case("shared, a net unrolled in time", {"w": normal(4, 4), "u": normal(3, 4)}, inputs(9, 3), "w u")
+def unrolled(p: Any, x: Any) -> Any:
+    h = jnp.zeros(4)
+    for step in x:
+        h = jnp.tanh(step @ p["u"] + h @ p["w"])
+    return h
 
 
 # ---- weights that are moved, scaled or made ----
@@ -603,6 +605,37 @@ def gradient_in_loss(p: Any, x: Any) -> Any:
     return jax.grad(lambda x: jnp.sum(jnp.tanh(jnp.tanh(x @ p["v"]) @ p["w"])))(x)
 
 
+@case("convolutions side by side", {"w": normal(3, 2, 2, 3, 2)}, inputs(1, 4, 4, 3))
+def vmapped_convolutions(p: Any, x: Any) -> Any:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    conv = jax.lax.conv_general_dilated
+    return jax.vmap(lambda w: conv(x, w, (1, 1), "SAME", dimension_numbers=numbers))(p["w"])
+
+
+@case("convolutions of their own inputs", {"w": normal(3, 2, 2, 3, 2)}, inputs(3, 1, 4, 4, 3))
+def vmapped_convolutions_and_inputs(p: Any, x: Any) -> Any:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    conv = jax.lax.conv_general_dilated
+    return jax.vmap(lambda x, w: conv(x, w, (1, 1), "SAME", dimension_numbers=numbers))(x, p["w"])
+
+
+@case("projections side by side", {"q": normal(4, 3), "k": normal(4, 3)}, inputs(5, 4), "")
+def fused(p: Any, x: Any) -> Any:
+    q, k = jnp.split(x @ jnp.concatenate([p["q"], p["k"]], axis=1), 2, axis=1)
+    return jax.nn.softmax(q @ k.T)
+
+
+@case("masked", {"w": normal(4, 3)}, inputs(5, 4), "")
+def masked(p: Any, x: Any) -> Any:
+    return x @ (p["w"] * (jnp.arange(12.0).reshape(4, 3) % 2))
+
+
+@case("nobody reads it", {"w": normal(4, 3), "v": normal(4, 4)}, inputs(5, 4))
+def dead(p: Any, x: Any) -> Any:
+    _ = jnp.sum(x * p["w"].sum())
+    return jax.jit(lambda x: (x @ p["w"], x * p["v"].sum()))(x)[0]
+
+
 @case("no weight in the loss", {"w": normal(4, 6)}, inputs(4), "")
 def constant(p: Any, x: Any) -> Any:
     return x
@@ -619,5 +652,22 @@ def decayed(p: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_against_gradients(name: str) -> None:
-    check(CASES[name])
+def test_against_gradients(name: str, monkeypatch: Any) -> None:
+    """Lengths, products with the examples the other way round, what is factored and how."""
+    c, made, real = CASES[name], [], algebra._made
+    monkeypatch.setattr(algebra, "_made", lambda rows: made.append(rows) or real(rows))
+
+    @reference.jit
+    def run(params: Any, examples: Any) -> Any:
+        turned = jax.tree.map(lambda x: x[::-1], examples)
+        one, other = (ghost.factors(loss(c.predict), params, {}, e) for e in (examples, turned))
+        assert set(one.parts) == set(c.factored.split())
+        norms = ghost.norms(one)
+        assert c.made is None or c.made == bool(made)
+        return norms, ghost.products(one, other)
+
+    norms, products = run(c.params, examples(c))
+    each = reference.gradients(loss(c.predict), c.params, {}, examples(c))
+    np.testing.assert_allclose(norms, reference.norms(each), rtol=1e-5)
+    largest = np.abs(each @ each.T).max()
+    np.testing.assert_allclose(products, each @ each[::-1].T, rtol=1e-5, atol=1e-6 * largest)

@@ -57,3 +57,12 @@ def test_words():
     assert data_diet.percent(0.125) == "12.5 %"
     assert data_diet.minus("a - b") == "a \N{MINUS SIGN} b"
     assert data_diet.nearest([0.2, 0.4], 0.3) == 0.2
+
+
+def test_cells_without_a_class_are_named():
+    run = made_up.window()
+    assert data_diet.bereft(run, "method", "dropped") == set()
+    easy = (pl.col("method") == "easy") & (pl.col("replica") == 1)
+    rarest = pl.when(easy).then(0).otherwise(pl.col("rarest")).alias("rarest")
+    run = run._replace(rows=run.rows.with_columns(rarest))
+    assert data_diet.bereft(run, "method", "dropped") == {("easy", None)}

@@ -83,6 +83,8 @@ def test_the_table_names_the_examples(tmp_path):
 
 def test_cifar10_is_called_what_it_is(tmp_path):
     run = ranking(source="cifar10", color=True)
+    assert figure._caption(figure._study([run]), CLASSES).startswith("CIFAR-10, 90 examples")
+    run = run._replace(provenance={"source": "cifar10 (JPEG)"})
     _, claims = figure.draw([run], tmp_path)
     assert all(claim.scale.startswith("CIFAR-10 (JPEG), 90 examples") for claim in claims)
     caption = figure._caption(figure._study([run]), CLASSES)

@@ -24,6 +24,17 @@ def test_a_line_has_its_means_and_its_band(axes):
     assert {(1, 4), (1, 7), (2, 5), (2, 8)} <= vertices
 
 
+def test_some_markers_are_hollow(axes):
+    points = [Estimate(y, y, y) for y in (5, 6, 7)]
+    panels.line(axes, [1, 2, 3], points, "random", hollow=[False, True, True])
+    line, hollow = axes.lines
+    np.testing.assert_array_equal(hollow.get_xydata(), [[2, 6], [3, 7]])
+    assert hollow.get_markerfacecolor() == "white" != line.get_markerfacecolor()
+    assert axes.get_legend_handles_labels()[1] == ["random"]
+    panels.bar(axes, 4, points[0], "random", hollow=True)
+    assert axes.containers[0].lines[0].get_markerfacecolor() == "white"
+
+
 @pytest.mark.parametrize("horizontal", [False, True])
 def test_a_bar_ends_at_its_interval(axes, horizontal):
     panels.bar(axes, 3, Estimate(5, 4, 7), "EL2N (hardest)", horizontal=horizontal)
