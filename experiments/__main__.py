@@ -212,12 +212,20 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
     return 0
 
 
-def _differences(point: Any, points: Sequence[Any]) -> str:
-    """The fields of a point in which the points of the sweep differ."""
-    values = [configs.flatten(p) for p in points]
-    mine = configs.flatten(point)
-    differ = [n for n in mine if any(v.get(n) != mine[n] for v in values)]
-    return "".join(f"  {n}={mine[n]}" for n in differ)
+def _differences(point: Any, points: Sequence[Any], prefix: str = "") -> str:
+    """The fields of a point in which it differs from another of the sweep, of the same kind."""
+    text = ""
+    for field in dataclasses.fields(point):
+        name, mine = prefix + field.name, getattr(point, field.name)
+        others = [getattr(other, field.name) for other in points]
+        if not dataclasses.is_dataclass(mine):
+            text += f"  {name}={mine}" if any(other != mine for other in others) else ""
+            continue
+        alike = [other for other in others if type(other) is type(mine)]
+        if len(alike) < len(others):
+            text += f"  {name}={type(mine).__name__.lower()}"
+        text += _differences(mine, alike, f"{name}.")
+    return text
 
 
 if __name__ == "__main__":

@@ -65,12 +65,9 @@ def barrier(
     Reference: Frankle et al. 2020, arXiv 1912.05671, section 2; on subsets of the training set
     Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075, section 5.
     """
-    if (
-        len(alphas) != len(values)
-        or (alphas[0], alphas[-1]) != (0, 1)
-        or np.any(np.diff(alphas) <= 0)
-    ):
+    ends = (alphas[0], alphas[-1]) if len(alphas) == len(values) and len(alphas) else ()
+    if ends != (0, 1) or not np.all(np.diff(alphas) > 0):
         raise ValueError(f"alphas must rise from 0 to 1, one for each value, got {alphas}")
     a = np.asarray(alphas, np.float64).reshape(-1, *(1,) * (np.ndim(values) - 1))
-    line = (1 - a) * values[0] + a * values[-1]
-    return np.asarray(np.maximum((values - line).max(axis=0), 0.0))
+    line = values[0] + a * (values[-1] - values[0])  # level, to the bit, between equal ends
+    return np.asarray((values - line)[1:-1].max(axis=0, initial=0.0))

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dynamics import landscape
-from dynamics.data.stream import take
+from dynamics.data.stream import normalise
 from dynamics.probes.evaluate import loss_and_accuracy
 from dynamics.scores.examples import over_examples
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
@@ -25,8 +25,9 @@ class Path:
     the other is as far from its own end, so both together are the whole path (``whole``), and
     ``landscape.barrier`` of means over any examples is their barrier. Where a network has batch
     statistics, they are re-estimated at each place from batches of ``train``. Replicas may have
-    their own ``labels``. Cost: (points + 1) / 2 forward passes of the data for each replica.
-    ValueError: an odd number of replicas.
+    their own ``labels``. Cost: (points + 1) / 2 forward passes of the data, and of the batches, for
+    each replica. ValueError: an odd number of replicas, an even one of points, batch statistics
+    without ``train``.
     """
 
     task: Task
@@ -59,10 +60,11 @@ class Path:
             lambda x: jnp.roll(x, half, axis=0), (state.params, state.extras)
         )
         partner = dataclasses.replace(state, params=params, extras=extras)
+        batches = self._batches() if jax.tree.leaves(extras) else []
         found = []
         for alpha in alphas(self.points)[: self.points // 2 + 1]:
             here = landscape.between(state, partner, float(alpha))
-            here = landscape.reestimated(self.task, here, self._batches(), each)
+            here = landscape.reestimated(self.task, here, batches, each)
             found.append(
                 over_examples(
                     *(loss_and_accuracy, self.task, here, self.data),
@@ -74,13 +76,19 @@ class Path:
         return carry, jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *found)
 
     def _batches(self) -> list[Batch]:
-        if self.train is None:
-            return []
-        order = np.random.Generator(np.random.PCG64(0)).permutation(len(self.train))
+        """The same at every place and step; only these rows travel to the device."""
+        assert self.train is not None
+        train = self.train
+        order = np.random.Generator(np.random.PCG64(0)).permutation(len(train)).astype(np.int32)
         size = min(self.batch_size, len(order))
         starts = [i * size % (len(order) - size + 1) for i in range(self.batches)]
-        data = jax.tree.map(jnp.asarray, self.train)
-        return [take(data, jnp.asarray(order[s : s + size], jnp.int32)) for s in starts]
+
+        def batch(rows: np.ndarray) -> Batch:
+            x, y = (jnp.asarray(np.asarray(v)[rows]) for v in (train.x, train.y))
+            x = normalise(x, train.mean, train.std)
+            return Batch(x=x, y=y.astype(jnp.int32), index=jnp.asarray(rows))
+
+        return [batch(order[s : s + size]) for s in starts]
 
 
 def alphas(points: int) -> np.ndarray:

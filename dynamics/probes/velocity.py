@@ -20,7 +20,8 @@ class KernelVelocity:
     ``groups[g]`` are the rows of ``data`` (m of them) whose (m C) x (m C) kernel is followed, for
     all replicas alike, or ``groups[k, g]`` for each its own. The first measurement has nothing
     before it and is nan. Cost: m C gradients of one example for each group and replica, and the
-    memory of the last kernels, 4 (m C)^2 bytes for each.
+    memory of the last kernels, 4 (m C)^2 bytes for each. ValueError: groups of another number of
+    replicas, rows that are not in ``data``.
     """
 
     task: Task
@@ -31,6 +32,14 @@ class KernelVelocity:
 
     def start(self, state: TrainState, each: Each) -> PyTree:
         """Kernels of zeros, whose velocity is nan."""
+        replicas = {len(state.step), *self.groups.shape[:-2]}
+        if self.groups.ndim not in (2, 3) or len(replicas) > 1:
+            raise ValueError(
+                "groups must be rows [g, m], or [k, g, m] with k the number of replicas, "
+                f"{len(state.step)}, got {list(self.groups.shape)}"
+            )
+        if self.groups.size and not 0 <= self.groups.min() <= self.groups.max() < len(self.data):
+            raise ValueError(f"groups must hold rows 0 to {len(self.data) - 1} of the data")
         shape = jax.eval_shape(self.task.evaluate, *_one(state, self._batches(state)[0])).logits
         k, g, m = len(state.step), self.groups.shape[-2], self.groups.shape[-1]
         c = shape.shape[-1]

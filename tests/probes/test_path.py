@@ -70,12 +70,8 @@ def test_against_a_walk_by_hand(kind: str) -> None:
             assert paths[name].shape == (POINTS, REPLICAS // 2, len(p.data))
         for pair in range(REPLICAS // 2):
             wanted = walked(p, results, at, pair)
-            loss = wanted["loss"]
-            # batch statistics of a mean of weights that nearly cancel have few digits
-            rtol, atol = (1e-3, 1e-4) if kind == "convnet" else (1e-5, 1e-5)
-            np.testing.assert_allclose(paths["loss"][:, pair], loss, rtol=rtol, atol=atol)
-            apart = np.abs(paths["accuracy"][:, pair] - wanted["accuracy"]) > 1e-6
-            assert apart.mean() <= (0.01 if kind == "convnet" else 0)
+            np.testing.assert_allclose(paths["loss"][:, pair], wanted["loss"], rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(paths["accuracy"][:, pair], wanted["accuracy"])
 
 
 def test_the_two_computations_of_the_middle_agree() -> None:
@@ -92,10 +88,8 @@ def test_barriers_of_pairs() -> None:
     hard = [0, 5, 7]
     found = landscape.barrier(values[:, :, hard].mean(axis=2), alphas(POINTS))
     assert found.shape == (2,) and (found >= 0).all()
-    keys = jax.random.split(jax.random.key(0), 2)
     state = tiny.start(p, mesh.make(), 4)
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), state)
-    assert len(keys) == 2
     same = tiny.run(p, mesh.make(), 4, state=twice, probes=probes(p)[:1])
     for at in AT:
         values = whole(same.arrays[f"path.loss@{at}"]).mean(axis=2)
@@ -122,7 +116,7 @@ def test_meshes_and_ways_agree(kind: str, shape: Any, how: Any) -> None:
     for at in AT:
         name = f"path.loss@{at}"
         np.testing.assert_allclose(
-            results.arrays[name], expected.arrays[name], rtol=2e-3, atol=1e-3
+            results.arrays[name], expected.arrays[name], rtol=1e-4, atol=1e-5
         )
 
 

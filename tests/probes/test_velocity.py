@@ -1,0 +1,142 @@
+"""Kernel velocity in a run: against kernels of the states it saw, and that it can be continued."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+import tiny
+from references import kept
+
+from dynamics import mesh, models, task
+from dynamics.data.stream import take
+from dynamics.probes.velocity import KernelVelocity
+from dynamics.record import Recorder
+from dynamics.types import Results
+
+AT = (0, 4, 9, 12)
+GROUPS = np.array([[0, 7, 3], [11, 2, 30]])
+OWN = np.stack([GROUPS, GROUPS[::-1] + 5])
+
+
+def problem(kind: str = "mlp") -> Any:
+    p = tiny.problem(kind, num_steps=12)
+    if kind == "mlp":  # small: every logit is differentiated
+        net = task.of_dataset(models.make(models.MLP(width=4, depth=1), 4), p.data)
+        p = p._replace(task=net)
+    return p
+
+
+def probes(p: Any) -> list[Any]:
+    return [
+        KernelVelocity(p.task, p.data, GROUPS, AT),
+        KernelVelocity(p.task, p.data, OWN, AT, name="own"),
+        kept.Kept(AT),
+    ]
+
+
+@functools.cache
+def watched(kind: str = "mlp") -> tuple[Any, Results]:
+    p = problem(kind)
+    return p, tiny.run(p, mesh.make(), 2, probes=probes(p))
+
+
+def kernel(p: Any, results: Results, at: int, replica: int, rows: np.ndarray) -> np.ndarray:
+    """J J^T in float64."""
+    state = kept.state(results, at, replica)
+    batch = take(jax.tree.map(jnp.asarray, p.data), jnp.asarray(rows))
+
+    def logits(params: Any) -> jax.Array:
+        return p.task.evaluate(params, state.extras, batch, {}).logits.reshape(-1)
+
+    found = jax.tree.leaves(jax.jit(jax.jacrev(logits))(state.params))
+    flat = [np.asarray(j, np.float64).reshape(len(j), -1) for j in found]
+    return sum(j @ j.T for j in flat)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convnet"])
+def test_against_kernels_of_the_states_it_saw(kind: str) -> None:
+    p, results = watched(kind)
+    for name, groups in (("kernel", np.stack([GROUPS, GROUPS])), ("own", OWN)):
+        found = {at: results.arrays[f"{name}.velocity@{at}"] for at in AT}
+        assert all(v.shape == (2, 2) for v in found.values())
+        assert np.isnan(found[0]).all()
+        for replica in range(2):
+            for g in range(2):
+                kernels = [kernel(p, results, at, replica, groups[replica, g]) for at in AT]
+                for before, now, at in zip(kernels, kernels[1:], AT[1:], strict=False):
+                    cosine = (before * now).sum() / np.linalg.norm(before) / np.linalg.norm(now)
+                    np.testing.assert_allclose(found[at][replica, g], 1 - cosine, rtol=2e-3)
+                    assert found[at][replica, g] > 0
+
+
+def test_watching_changes_no_bit() -> None:
+    p, expected = watched()
+    unwatched = tiny.run(p, mesh.make(), 2)
+    for x, y in zip(tiny.leaves(unwatched), tiny.leaves(expected), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_run_cut_and_continued_has_the_same_bits(tmp_path: Any) -> None:
+    """The kernel before is carried over: also when it was measured in the part before the cut."""
+    p, expected = watched()
+    for cut in (2, 6, 12):
+        store, part = Recorder(tmp_path, ()), p._replace(num_steps=cut)
+        results = tiny.run(part, mesh.make(), 2, checkpoint_every=1, store=store, probes=probes(p))
+    assert results.arrays.keys() == expected.arrays.keys()
+    for name, value in expected.arrays.items():
+        np.testing.assert_array_equal(results.arrays[name], value, err_msg=name)
+
+
+@pytest.mark.parametrize(("shape", "how"), [((2, 1, 1), "dispatch"), ((1, 1, 1), "map")])
+def test_meshes_and_ways_agree(shape: Any, how: Any) -> None:
+    p, expected = watched()
+    results = tiny.run(p, mesh.make(*shape), 2, how=how, probes=probes(p)[:2])
+    for at in AT:
+        for name in ("kernel", "own"):
+            name = f"{name}.velocity@{at}"
+            np.testing.assert_allclose(results.arrays[name], expected.arrays[name], rtol=1e-3)
+
+
+def test_the_kernel_of_a_linear_model_stands_still() -> None:
+    """E10."""
+    p = problem()
+    p = p._replace(task=task.of_dataset(models.make(models.Linear(), 4), p.data))
+    results = tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(p.task, p.data, GROUPS, 6)])
+    for at in (6, 12):
+        np.testing.assert_array_equal(results.arrays[f"kernel.velocity@{at}"], np.zeros((2, 2)))
+
+
+@pytest.fixture
+def unchecked() -> Any:
+    """Without the type checks of the tests, as a user of the library meets it."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (np.stack([GROUPS] * 3), r"k the number of replicas, 2, got \[3, 2, 3\]"),
+        (GROUPS[0], r"groups must be rows \[g, m\], or \[k, g, m\] .* got \[3\]"),
+        (GROUPS + 30, "groups must hold rows 0 to 39 of the data"),
+        (GROUPS - 1, "groups must hold rows 0 to 39 of the data"),
+    ],
+)
+def test_refusals(groups: Any, message: str, unchecked: Any) -> None:
+    p = problem()
+    with pytest.raises(ValueError, match=message):
+        tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(p.task, p.data, groups, 6)])
+
+
+def test_logits_of_several_labels_are_refused() -> None:
+    p = problem("transformer")
+    with pytest.raises(
+        ValueError, match=r"the kernel is of logits \[b, classes\], got \[3, 6, 8\]"
+    ):
+        tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(p.task, p.data, GROUPS, 6)])
