@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "population_mnist": speed.population_mnist,
     "convnet": speed.convnet,
     "order": costs.order,
+    "importance": costs.importance,
     "checkpoint": costs.checkpoint,
     "checkpoint_direct": costs.checkpoint_direct,
     "startup": costs.startup,
@@ -32,7 +33,6 @@ BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "grand_resnet": scores.grand_resnet,
     "grand_transformer": scores.grand_transformer,
     "dataset": scores.dataset,
-    "importance": scores.importance,
 }
 HEADER = ("name", "what", "ours", "theirs", "ratio", "goal", "met", "first lap", "others", "note")
 

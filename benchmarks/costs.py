@@ -18,7 +18,7 @@ from benchmarks.plain import Side
 from benchmarks.sides import Job
 from dynamics import fit
 from dynamics import mesh as meshes
-from dynamics.data.stream import take
+from dynamics.data.stream import sampled, take
 from dynamics.record import Recorder
 from dynamics.types import Batch, Dataset, Key, PyTree, Stream
 
@@ -97,6 +97,20 @@ def _sort_each_step(stream: Stream) -> Stream:
         return take(shared, jax.lax.dynamic_slice(rows, (first,), (size,)).astype(jnp.int32))
 
     return stream._replace(batch=batch)
+
+
+def importance(quick: bool) -> list[Result]:
+    """Examples drawn in proportion, with their weights, beside each once an epoch."""
+    job, steps, rounds = sides.mnist(), 2 if quick else 100, 1 if quick else 21
+    p = np.random.default_rng(0).dirichlet(np.ones(len(job.data)))[None]
+
+    def drawn(stream: Stream) -> Stream:
+        return sampled(job.data, stream.batch_size, 1, p)
+
+    found = _race_orders(job, {"sampled": drawn, "resident": _same}, steps, rounds)
+    what = f"fit with data.stream.sampled / with resident: {job.net()}"
+    ours, theirs = ("sampled", steps), ("resident", steps)
+    return [found.compare("sampled", what, ours, theirs, goal=1.1, note=job.about)]
 
 
 def checkpoint(quick: bool) -> list[Result]:

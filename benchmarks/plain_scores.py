@@ -36,34 +36,36 @@ def norms(loss: Callable[[Any, Any], jax.Array], params: Any, examples: Any) -> 
 def logits(
     params: Layers, x: np.ndarray, mean: float, std: float, batch_size: int, mesh: Mesh
 ) -> Side:
-    """The logits of all examples by MLPs stacked in ``params``, in one program a batch.
+    """The logits of all examples by MLPs stacked in ``params``: one program, in batches.
 
-    Examples lie on the devices as stored. A CPU runs the replicas of a device one after the other,
-    each with its weights in arrays of its own; elsewhere they are one batched operation.
+    Examples lie on the devices as stored. A CPU takes a replica's weights out of the stack once
+    for all batches; elsewhere the replicas of a device are one batched operation.
     """
     spread, everywhere = PartitionSpec(mesh.axis_names[0]), PartitionSpec()
-    here = params[0][0].shape[0] // mesh.devices.size
-    here = here if jax.default_backend() == "cpu" else 1
+    one_by_one = jax.default_backend() == "cpu"
 
-    def piece(leaf: jax.Array, i: int) -> jax.Array:
-        return leaf.reshape(-1, here, *leaf.shape[1:])[:, i]
+    def of_batch(params: Layers, rows: jax.Array) -> jax.Array:
+        return mlp(params, (rows.astype(jnp.float32) - mean) / std)
 
-    def local(pieces: list[Layers], x: jax.Array, first: jax.Array) -> list[jax.Array]:
-        rows = jax.lax.dynamic_slice_in_dim(x, first, batch_size)
-        batch = (rows.astype(jnp.float32) - mean) / std
-        return [jax.vmap(mlp, (0, None))(p, batch) for p in pieces]
+    def local(params: Layers, batches: jax.Array) -> jax.Array:
+        def over(params: Layers, predict: Callable) -> jax.Array:
+            return jax.lax.map(lambda rows: predict(params, rows), batches)
+
+        if one_by_one:
+            return jax.lax.map(lambda p: over(p, of_batch), params)
+        return over(params, jax.vmap(of_batch, (0, None))).swapaxes(0, 1)
 
     def run(lap: Lap) -> None:
-        pieces = [jax.tree.map(lambda x, i=i: piece(x, i), params) for i in range(here)]
-        pieces = jax.device_put(pieces, NamedSharding(mesh, spread))
-        whole = jax.device_put(x, NamedSharding(mesh, everywhere))
-        specs = (spread, everywhere, everywhere)
+        count = -(-len(x) // batch_size) * batch_size
+        rows = np.minimum(np.arange(count), len(x) - 1).reshape(-1, batch_size)
+        batches = jax.device_put(x[rows], NamedSharding(mesh, everywhere))
         program = jax.jit(
-            jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spread, check_vma=False)
+            jax.shard_map(
+                local, mesh=mesh, in_specs=(spread, everywhere), out_specs=spread, check_vma=False
+            )
         )
-        starts = np.arange(0, len(x), batch_size, dtype=np.int32)
         while True:
-            jax.block_until_ready([program(pieces, whole, first) for first in starts])
+            jax.block_until_ready(program(params, batches))
             lap()
 
     return run
@@ -88,7 +90,9 @@ def torch_norms(
             value = value.transpose(order.get(value.ndim, range(value.ndim)))
             return torch.from_numpy(np.ascontiguousarray(value)).to(device)
 
-        weights = [tuple(tensor(v, {2: (1, 0), 4: (3, 2, 0, 1)}) for v in layer) for layer in params]
+        weights = [
+            tuple(tensor(v, {2: (1, 0), 4: (3, 2, 0, 1)}) for v in layer) for layer in params
+        ]
         inputs, labels = tensor(x, {4: (0, 3, 1, 2)}), tensor(y, {}).long()
         inputs = inputs if inputs.ndim == 4 else inputs.flatten(1)
         how = _together if together else _one_by_one
@@ -121,7 +125,8 @@ def _torch_loss(functional: Any, weights: Any, x: Any, y: Any) -> Any:
 
 def _together(torch: Any, loss: Callable, weights: list, x: Any, y: Any) -> Any:
     gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, x, y)
-    return sum(g.flatten(1).square().sum(1) for layer in gradients for g in layer).sqrt()
+    squares = [g.flatten(1).square().sum(1) for layer in gradients for g in layer]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 def _one_by_one(torch: Any, loss: Callable, weights: list, x: Any, y: Any) -> Any:

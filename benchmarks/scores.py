@@ -1,4 +1,4 @@
-"""Example scores: per-example gradients of a batch in several ways, and passes over a dataset."""
+"""Example scores: the gradients of a batch's examples in several ways, passes over a dataset."""
 
 import functools
 import importlib.util
@@ -14,10 +14,10 @@ from benchmarks.measure import Race, Result, race
 from benchmarks.plain import CLASSES, Lap, Side
 from dynamics import fit, models, optim, population, step, task, watch
 from dynamics import mesh as meshes
-from dynamics.data.stream import sampled, take
+from dynamics.data.stream import take
 from dynamics.probes import Score
 from dynamics.scores import el2n, grand, grand_last_layer, loss
-from dynamics.types import Batch, Dataset, PyTree, Stream, Task, TrainState
+from dynamics.types import Batch, Dataset, PyTree, Task, TrainState
 
 REPLICAS = 10
 THREADS = (1, 2)  # of PyTorch; the faster is compared with
@@ -27,6 +27,7 @@ BESIDE = {
     "vmap": "vmap(grad)",
     "last": "GraNd of the last layer",
 }
+SCORES = {"ghost": grand, "forward": loss, "last": grand_last_layer}
 TORCH = {"torch": "PyTorch's vmap(grad)", "torch_loop": "PyTorch, a backward an example"}
 
 
@@ -39,7 +40,7 @@ class Net(NamedTuple):
     state: TrainState
     batch: Batch
     calls: Mapping[str, int]
-    layers: plain_scores.Layers | None = None  # for PyTorch
+    layers: plain_scores.Layers = ()  # for PyTorch
 
     @property
     def size(self) -> int:
@@ -54,7 +55,7 @@ def grand_mlp(quick: bool) -> list[Result]:
         job = job._replace(model=models.MLP(width=16, depth=2))
     calls = {"ghost": 100, "forward": 150, "batch": 40, "vmap": 1, "last": 150}
     calls |= {"torch": 1, "torch_loop": 1}
-    net = _net("mlp", job.net().split(",")[0], job.task(), take(job.data, jnp.arange(b)), calls)
+    net = _net("mlp", job.net().split(",")[0], job.task(), _batch(job.data, b), calls)
     params = net.state.params
     net = net._replace(layers=[(params[n]["kernel"], params[n]["bias"]) for n in sorted(params)])
     goals = {"forward": 3, "vmap": 0.1, "flops": 2.2, "memory": 0.05}
@@ -70,7 +71,7 @@ def grand_convnet(quick: bool) -> list[Result]:
     calls = {"ghost": 1, "forward": 8, "batch": 2, "vmap": 1, "torch": 1}
     layers = plain.params(job)
     made = task.of_function(plain_scores.convnet, init=lambda key: layers)
-    net = _net("convnet", about, made, take(data, jnp.arange(b)), calls)
+    net = _net("convnet", about, made, _batch(data, b), calls)
     return _rows(net._replace(layers=layers), 1 if quick else 9, quick, {"vmap": 0.667})
 
 
@@ -81,8 +82,8 @@ def grand_resnet(quick: bool) -> list[Result]:
     config = models.ResNet(depth=8, width=4) if quick else models.ResNet(depth=18)
     made = task.of_dataset(models.make(config, CLASSES), data)
     calls = {"ghost": 1, "forward": 1, "batch": 1, "vmap": 1}
-    net = _net("resnet", f"ResNet-{config.depth}", made, take(data, jnp.arange(b)), calls)
-    return _rows(net, 1 if quick else 5, quick)
+    net = _net("resnet", f"ResNet-{config.depth}", made, _batch(data, b), calls)
+    return _rows(net, 1 if quick else 5, quick, {})
 
 
 def grand_transformer(quick: bool) -> list[Result]:
@@ -94,7 +95,7 @@ def grand_transformer(quick: bool) -> list[Result]:
     batch = Batch(x=jnp.asarray(draw[0]), y=jnp.asarray(draw[1]), index=jnp.arange(b))
     calls = {"ghost": 1, "forward": 4, "batch": 2, "vmap": 1}
     about = f"Transformer {width} x {depth}, {length} tokens"
-    return _rows(_net("transformer", about, made, batch, calls), 1 if quick else 11, quick)
+    return _rows(_net("transformer", about, made, batch, calls), 1 if quick else 11, quick, {})
 
 
 def _net(name: str, about: str, made: Task, batch: Batch, calls: Mapping[str, int]) -> Net:
@@ -103,11 +104,15 @@ def _net(name: str, about: str, made: Task, batch: Batch, calls: Mapping[str, in
     return Net(name, about, made, step.given(params, extras), batch, calls)
 
 
-def _rows(net: Net, rounds: int, quick: bool, goals: Mapping[str, float] = {}) -> list[Result]:  # noqa: B006
+def _batch(data: Dataset, n: int) -> Batch:
+    return jax.jit(take)(_first(data, n), jnp.arange(n))
+
+
+def _rows(net: Net, rounds: int, quick: bool, goals: Mapping[str, float]) -> list[Result]:
     """GraNd by factored gradients beside every other way."""
     net = net._replace(calls=dict.fromkeys(net.calls, 1)) if quick else net
     programs: dict[str, Any] = {}
-    ways, same = _ways(net), _Same()
+    ways, same = _ways(net), Same()
     runs = {way: _called(net, way, fn, programs, same) for way, fn in ways.items()}
     found = race(runs | _torch(net, same), rounds)
     ghost, out = ("ghost", net.calls["ghost"] * net.size), []
@@ -143,10 +148,7 @@ def _ways(net: Net) -> dict[str, Callable[[TrainState, Batch], PyTree]]:
     return {way: fn for way, fn in ways.items() if way in net.calls}
 
 
-SCORES = {"ghost": grand, "forward": loss, "last": grand_last_layer}
-
-
-class _Same:
+class Same:
     """Norms of one batch found in several ways, which must agree."""
 
     def __init__(self) -> None:
@@ -164,7 +166,7 @@ class _Same:
 
 
 def _called(
-    net: Net, way: str, fn: Callable[..., PyTree], programs: dict[str, Any], same: _Same
+    net: Net, way: str, fn: Callable[..., PyTree], programs: dict[str, Any], same: Same
 ) -> Side:
     """A program that is called and waited for, compiled in the first lap."""
 
@@ -201,7 +203,7 @@ def _counted(net: Net, programs: dict[str, Any], goals: Mapping[str, float]) -> 
     return out
 
 
-def _torch(net: Net, same: _Same) -> dict[str, Side]:
+def _torch(net: Net, same: Same) -> dict[str, Side]:
     if _no_torch():
         return {}
     return {
@@ -228,7 +230,7 @@ def _no_torch() -> str:
     return "" if on_cpu or torch.cuda.is_available() else "torch has no GPU here"
 
 
-def _beside_torch(net: Net, found: Race, same: _Same) -> list[Result]:
+def _beside_torch(net: Net, found: Race, same: Same) -> list[Result]:
     out, ghost = [], ("ghost", net.calls["ghost"] * net.size)
     for way in [w for w in TORCH if w in net.calls]:
         name, what = f"grand_{net.name}_{way}", f"GraNd / {TORCH[way]}: {net.about}"
@@ -237,7 +239,7 @@ def _beside_torch(net: Net, found: Race, same: _Same) -> list[Result]:
             continue
         best = found.fastest(*(side for side in found.seconds if side.startswith(f"{way} ")))
         note = f"{best.split()[-1]} thread(s), the faster of {THREADS}; "
-        note += f"equal within {same.errors[way]:.1g}"
+        note += f"ours on 1 of {len(jax.devices())} devices; equal within {same.errors[way]:.1g}"
         theirs, more = (best, net.calls[way] * net.size), {"unit": "us/example", "note": note}
         out.append(found.compare(name, what, ghost, theirs, **more))
     return out
@@ -266,7 +268,7 @@ def dataset(quick: bool) -> list[Result]:
     layers = [(state.params[n]["kernel"], state.params[n]["bias"]) for n in sorted(state.params)]
     mean, std = float(data.mean.mean()), float(data.std.mean())
     bare = plain_scores.logits(layers, data.x, mean, std, Score.batch_size, mesh)
-    found = race({"el2n": scored(el2n), "bare": bare, "grand": scored(grand)}, 1 if quick else 7)
+    found = race({"el2n": scored(el2n), "bare": bare, "grand": scored(grand)}, 1 if quick else 5)
     work, more = len(data) * k, {"unit": "us/example", "note": job.about}
     about = f"{k} x {job.net().split(',')[0]} on {mesh.size} devices, {len(data)} examples"
     what = f"EL2N through over_examples / bare jitted forward: {about}"
@@ -279,24 +281,3 @@ def dataset(quick: bool) -> list[Result]:
 
 def _first(data: Dataset, n: int) -> Dataset:
     return Dataset(data.x[:n], data.y[:n], data.index[:n], data.mean, data.std)
-
-
-def importance(quick: bool) -> list[Result]:
-    """Examples drawn in proportion, with their weights, beside each once an epoch."""
-    job, steps, rounds = sides.mnist(), 2 if quick else 100, 1 if quick else 21
-    p = np.random.default_rng(0).dirichlet(np.ones(len(job.data)))[None]
-
-    def drawn(stream: Stream) -> Stream:
-        return sampled(job.data, stream.batch_size, 1, p)
-
-    mesh = meshes.make()
-    found = race(
-        {
-            "sampled": sides.through_fit(job, mesh, steps, rounds, change=drawn),
-            "resident": sides.through_fit(job, mesh, steps, rounds),
-        },
-        rounds,
-    )
-    what = f"fit with data.stream.sampled / with resident: {job.net()}"
-    ours, theirs = ("sampled", steps), ("resident", steps)
-    return [found.compare("sampled", what, ours, theirs, goal=1.1, note=job.about)]

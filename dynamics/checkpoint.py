@@ -93,22 +93,22 @@ class Checkpoints:
         if step is not None:
             return self._exactly(step, like)
         found, unsealed = self.steps(), []
-        for step in reversed(found):
-            damage = self._damage(step)
+        for at in reversed(found):
+            damage = self._damage(at)
             if damage == UNSEALED:
-                unsealed.append(step)
+                unsealed.append(at)
             elif damage is not None:
-                self._set_aside(step, damage)
+                self._set_aside(at, damage)
             else:
                 for newer in unsealed:
                     self._set_aside(newer, UNSEALED)
-                return self._read(step, like)
-        for step in unsealed:  # killed between its first commit and the hash
-            log.warning("checkpoint %d has no checksum, its content is not verified", step)
+                return self._read(at, like)
+        for at in unsealed:  # killed between its first commit and the hash
+            log.warning("checkpoint %d has no checksum, its content is not verified", at)
             try:
-                return self._read(step, like)
+                return self._read(at, like)
             except (OSError, ValueError, KeyError) as error:
-                self._set_aside(step, f"{type(error).__name__}: {str(error)[:200]}")
+                self._set_aside(at, f"{type(error).__name__}: {str(error)[:200]}")
         if found or self._damaged.exists():
             raise CheckpointError(
                 f"none of the checkpoints {found} in {self.root} is intact (see {self._damaged}): "

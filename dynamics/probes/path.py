@@ -55,10 +55,7 @@ class Path:
         self, carry: PyTree, state: TrainState, each: Each
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Losses and correctness along the first half of each replica's path."""
-        half = len(state.step) // 2
-        params, extras = jax.tree.map(
-            lambda x: jnp.roll(x, half, axis=0), (state.params, state.extras)
-        )
+        params, extras = jax.tree.map(_other_half_first, (state.params, state.extras))
         partner = dataclasses.replace(state, params=params, extras=extras)
         batches = self._batches() if jax.tree.leaves(extras) else []
         found = []
@@ -89,6 +86,14 @@ class Path:
             return Batch(x=x, y=y.astype(jnp.int32), index=jnp.asarray(rows))
 
         return [batch(order[s : s + size]) for s in starts]
+
+
+def _other_half_first(x: jax.Array) -> jax.Array:
+    """x[k + K/2] at k, by way of one device: small programs with collectives in them, several in
+    flight, deadlock on CPU devices.
+    """
+    here = jax.device_put(x, x.addressable_shards[0].device)
+    return jax.device_put(jnp.roll(here, len(x) // 2, axis=0), x.sharding)
 
 
 def alphas(points: int) -> np.ndarray:

@@ -40,42 +40,38 @@ class KernelVelocity:
             )
         if self.groups.size and not 0 <= self.groups.min() <= self.groups.max() < len(self.data):
             raise ValueError(f"groups must hold rows 0 to {len(self.data) - 1} of the data")
-        shape = jax.eval_shape(self.task.evaluate, *_one(state, self._batches(state)[0])).logits
-        k, g, m = len(state.step), self.groups.shape[-2], self.groups.shape[-1]
-        c = shape.shape[-1]
-        return [jnp.zeros((k, m, c, m, c), jnp.float32) for _ in range(g)]
+        first = (state, self._stored(state)[0])
+        one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), first)
+        kernel = jax.eval_shape(self._kernel, one).shape
+        shape = (len(state.step), *kernel)
+        return [jnp.zeros(shape, jnp.float32) for _ in range(self.groups.shape[-2])]
 
     def measure(
         self, carry: PyTree, state: TrainState, each: Each
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The kernels now, and how they turned."""
-        run = each(self._kernel)
+        run = each(self._turned)
         now, turned = [], []
-        for before, batch in zip(carry, self._batches(state), strict=True):
-            kernel, moved = run((state, before, batch))
+        for before, stored in zip(carry, self._stored(state), strict=True):
+            kernel, moved = run(((state, stored), before))
             now.append(kernel)
             turned.append(moved)
         return now, {"velocity": jnp.stack(turned, axis=1)}
 
-    def _kernel(self, own: tuple) -> tuple[jax.Array, jax.Array]:
-        state, before, (x, y, rows) = own
-        data = self.data
-        batch = Batch(x=normalise(x, data.mean, data.std), y=y.astype(jnp.int32), index=rows)
-        kernel = ntk(self.task, state, batch)
+    def _turned(self, own: tuple) -> tuple[jax.Array, jax.Array]:
+        one, before = own
+        kernel = self._kernel(one)
         return kernel, velocity(before, kernel)
 
-    def _batches(self, state: TrainState) -> list[tuple]:
+    def _kernel(self, one: tuple) -> jax.Array:
+        state, (x, y, rows) = one
+        x = normalise(x, self.data.mean, self.data.std)
+        return ntk(self.task, state, Batch(x=x, y=y.astype(jnp.int32), index=rows))
+
+    def _stored(self, state: TrainState) -> list[tuple]:
         """Of each group, the examples as stored, with a replica axis."""
         k = len(state.step)
         shape = (k, *self.groups.shape[-2:])
         groups = np.broadcast_to(self.groups, shape)
         x, y = np.asarray(self.data.x), np.asarray(self.data.y)
         return [(x[rows], y[rows], rows.astype(np.int32)) for rows in groups.swapaxes(0, 1)]
-
-
-def _one(state: TrainState, batch: tuple) -> tuple:
-    """Shapes of the arguments of ``evaluate`` for one replica."""
-    x, y, rows = (jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for v in batch)
-    floating = jax.ShapeDtypeStruct(x.shape, jnp.float32)
-    first = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), state)
-    return first.params, first.extras, Batch(x=floating, y=y, index=rows), first.hyperparameters

@@ -85,7 +85,8 @@ def connect(
             labels=labels,
             **options,
         ).state
-        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), parent)
+        here = jax.device_put(parent, jax.local_devices()[0])  # one device: no collectives
+        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), here)
         found.append((epoch, children(both, jnp.concatenate(other), f"children {step}")))
     return [
         Table(_barriers(found, mine, every, p, r, study), {name: bank[name] for name in SHARED})

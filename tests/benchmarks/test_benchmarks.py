@@ -4,10 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from benchmarks.__main__ import BENCHMARKS
 from benchmarks.measure import OverError, Result, race
+from benchmarks.scores import Same
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +52,39 @@ def test_goals():
     assert Result("a", "", goal=1.0, skipped="no torch").met is None
 
 
+@pytest.fixture
+def lenient():
+    """What we race with promotes as jax does by itself."""
+    before = jax.config.jax_numpy_dtype_promotion, jax.config.jax_numpy_rank_promotion
+    jax.config.update("jax_numpy_dtype_promotion", "standard")
+    jax.config.update("jax_numpy_rank_promotion", "allow")
+    yield
+    jax.config.update("jax_numpy_dtype_promotion", before[0])
+    jax.config.update("jax_numpy_rank_promotion", before[1])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["grand_mlp", "grand_convnet", "grand_resnet", "grand_transformer", "dataset", "importance"],
+)
+def test_scores_run(name, lenient):
+    rows = {row.name: row for row in BENCHMARKS[name](True)}
+    assert rows
+    assert all(row.skipped or np.isfinite(row.ratio) for row in rows.values())
+    if name == "grand_mlp":  # counted, so true on a busy machine
+        assert rows["grand_mlp_flops"].met and rows["grand_mlp_memory"].met
+
+
+def test_norms_that_differ_are_not_raced():
+    same = Same()
+    same.check("ghost", np.array([1.0, 2.0]))
+    same.check("vmap", np.array([1.0, 2.00001]))
+    with pytest.raises(ValueError, match="torch differs"):
+        same.check("torch", np.array([1.0, 2.1]))
+    with pytest.raises(ValueError, match="torch differs"):
+        same.check("torch", np.array([1.0, np.nan]))
+
+
 @pytest.mark.slow
 def test_quick_run_writes_the_table(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(tmp_path)]
@@ -62,6 +98,7 @@ def test_quick_run_writes_the_table(tmp_path):
     names = [row["name"] for row in rows]
     assert len(set(names)) == len(names)
     assert {"fit_mnist", "population", "convnet", "order_sort", "checkpoint_mnist"} <= set(names)
+    assert {"grand_mlp_vmap", "grand_convnet_torch", "el2n_dataset", "sampled"} <= set(names)
     assert all(row["skipped"] or np.isfinite(row["ratio"]) for row in rows)
     assert next(row for row in rows if row["name"] == "compiled")["ours"] == 0
     table = next(tmp_path.glob("*.md")).read_text()
