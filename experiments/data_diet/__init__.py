@@ -37,8 +37,7 @@ from experiments.data_diet.config import (
     Velocity,
     Window,
 )
-from experiments.data_diet.config import scoring as scoring_config
-from experiments.data_diet.scoring import Scored
+from experiments.data_diet.scoring import Job
 
 __all__ = [
     "Config",
@@ -92,18 +91,12 @@ def sweep(
     study = STUDIES[type(configs[0].study)]
 
     def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return study(points, scored, data, mesh, recorder)
+        return study(Job(points, scored, data, mesh, recorder))
 
     return record.completed(folder, configs, compute, about)
 
 
-def rank(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def rank(job: Job) -> list[Table]:
     """Rows for each (score, epoch, replica): how well it ranks wrong labels first.
 
     ``auc`` is the probability that a mislabelled example is harder by the score than another one,
@@ -113,7 +106,7 @@ def rank(
     ``shown_images`` [2, C, S, ...].
     """
     tables = []
-    for arrays in scored([scoring_config(point) for point in points]):
+    for arrays in job.banks():
         wrong, rows = arrays["mislabelled"], []
         for name in sorted(arrays):
             kind, _, epoch = name.partition("@")
@@ -128,7 +121,7 @@ def rank(
                 rows.append((kind, float(epoch or "nan"), replica, auc))
         names = ("score", "epoch", "replica", "auc")
         columns = {n: np.array(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)}
-        shown = _shown(points[0], arrays, data)
+        shown = _shown(job.points[0], arrays, job.data)
         tables.append(Table({"stage": np.full(len(rows), "ranking")} | columns, arrays | shown))
     return tables
 
@@ -149,7 +142,7 @@ def _shown(point: Config, arrays: scoring.Arrays, data: Splits) -> scoring.Array
     return {"shown": rows.astype(np.int32), "shown_images": x[rows]}
 
 
-STUDIES: dict[type, Callable[..., list[Table]]] = {
+STUDIES: dict[type, Callable[[Job], list[Table]]] = {
     Pruning: retraining.prune,
     Timing: retraining.time,
     Window: retraining.slide,

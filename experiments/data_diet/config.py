@@ -252,7 +252,7 @@ class ScoringConfig:
     seed: Annotated[Seed, Replica]
 
 
-def scoring(config: Config) -> ScoringConfig:
+def scoring_part(config: Config) -> ScoringConfig:
     """The part of a config that the scores are stored under, shared by all studies of them."""
     names = ("data", "model", "train", "score", "noise", "seed")
     return ScoringConfig(**{name: getattr(config, name) for name in names})

@@ -1,53 +1,42 @@
 """Studies of where training leads and how its kernel turns, on examples of high and low score."""
 
 import dataclasses
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from dynamics import scores
-from dynamics.data.sources import Splits
 from dynamics.landscape import barrier
 from dynamics.probes import KernelVelocity, Path
 from dynamics.probes.path import alphas, whole
-from dynamics.record import Recorder, Table
+from dynamics.record import Table
 from dynamics.types import TrainState
 from experiments.data_diet import scoring, training
 from experiments.data_diet.config import Config, Connectivity, Velocity
-from experiments.data_diet.config import scoring as scoring_config
 from experiments.data_diet.retraining import SHARED
-from experiments.data_diet.scoring import Scored
+from experiments.data_diet.scoring import Job
 
 SUBSETS = ("high", "low", "random")
 
 
-def connect(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def connect(job: Job) -> list[Table]:
     """Rows for each (spawn, subset, replica): the barriers between two children at the end.
 
     ``error_barrier`` is of the training error (0..1), ``loss_barrier`` of the loss (nats), on the
     labels trained on, noise included. ``spawn`` is the epoch of the parent that both children
     begin with, nan where they share nothing. Batch statistics are re-estimated on the path.
     """
-    study = points[0].study
+    points, data, banks, study = job.points, job.data, job.banks(), job.points[0].study
     assert isinstance(study, Connectivity)
     r, net = study.replicas, training.net_of(points[0].model, data)
-    banks = scored([scoring_config(point) for point in points])
-    settings, seeds = [p.train for p in points], [p.seed for p in points]
+    settings, seeds = job.settings, job.seeds
     total = training.steps(settings[0], data, study.epochs)
     chosen = [_extremes(point, bank, study) for point, bank in zip(points, banks, strict=True)]
     every = np.unique(np.concatenate([rows for mine in chosen for rows in mine.values()]))
     labels = np.repeat([bank["labels"] for bank in banks], r, axis=0)
     train, both_labels = data.train, np.tile(labels, (2, 1))
-    options = {"net": net, "data": train, "mesh": mesh, "total": total}
+    options = {"net": net, "data": train, "mesh": job.mesh, "total": total}
     subset = dataclasses.replace(
         train, x=train.x[every], y=train.y[every], index=train.index[every]
     )
@@ -59,7 +48,7 @@ def connect(
             settings * 2,
             roots,
             num_steps=total,
-            recorder=recorder and recorder.stage(name),
+            recorder=job.stage(name),
             name="children",
             start=start,
             probes=[path],
@@ -79,7 +68,7 @@ def connect(
         parent = training.train(
             *(settings, roots),
             num_steps=step,
-            recorder=recorder and recorder.stage(f"parent {step}"),
+            recorder=job.stage(f"parent {step}"),
             name="parent",
             start=parent,
             labels=labels,
@@ -129,36 +118,28 @@ def _barriers(found, chosen, every, p: int, r: int, study: Connectivity) -> dict
     return {name: np.array(values) for name, values in columns.items()}
 
 
-def turn(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def turn(job: Job) -> list[Table]:
     """Rows for each (order, group, epoch, replica): how its kernel turned over the epoch before.
 
     Groups of order ``el2n`` are examples of neighbouring mean EL2N, ``rank`` the middle of a group
     in 0 (easiest) .. 1; those of order ``random`` are neighbours in a random order. ``el2n`` is the
     group's mean score, ``mislabelled`` the part of it whose labels are wrong.
     """
-    study = points[0].study
+    points, data, banks, study = job.points, job.data, job.banks(), job.points[0].study
     assert isinstance(study, Velocity)
     r, m, n = study.replicas, study.examples, len(data.train)
     if m > n:
         raise ValueError(f"study.examples must be at most {n}, got {m}")
-    banks = scored([scoring_config(point) for point in points])
     starts = np.round(np.linspace(0, n - m, study.groups)).astype(int)
     means = [scoring.mean(bank, f"el2n@{study.scored_at:g}") for bank in banks]
     groups = np.array(
         [_groups(mean, starts, m, p.seed) for mean, p in zip(means, points, strict=True)]
     )
-    settings, seeds = [p.train for p in points], [p.seed for p in points]
     net = training.net_of(points[0].model, data)
-    epochs = {training.steps(settings[0], data, e): e for e in range(study.epochs + 1)}
+    epochs = {training.steps(job.settings[0], data, e): e for e in range(study.epochs + 1)}
     results = training.train(
-        *(settings, training.keys(seeds, r, training.RETRAINING), net, data.train),
-        *(max(epochs), mesh, recorder),
+        *(job.settings, training.keys(job.seeds, r, training.RETRAINING), net, data.train),
+        *(max(epochs), job.mesh, job.recorder),
         name="velocity",
         probes=[KernelVelocity(net, data.train, np.repeat(groups, r, axis=0), tuple(epochs))],
         labels=np.repeat([bank["labels"] for bank in banks], r, axis=0),

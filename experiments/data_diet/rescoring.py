@@ -9,42 +9,34 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from dynamics import scores
 from dynamics.data.sources import Splits
 from dynamics.probes import Evaluate, Score
-from dynamics.record import Recorder, Table
+from dynamics.record import Table
 from dynamics.types import Results
 from experiments.data_diet import training
 from experiments.data_diet.config import Config, Rescoring
-from experiments.data_diet.config import scoring as scoring_config
 from experiments.data_diet.retraining import SHARED
-from experiments.data_diet.scoring import Scored
+from experiments.data_diet.scoring import Job
 
 METHODS = ("full", "random", "random_again", "once", "again")  # what is chosen at each choice
 
 
-def rescore(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def rescore(job: Job) -> list[Table]:
     """Rows for each (method, epoch, replica): accuracy at every choice and at the end.
 
     ``once`` keeps the hardest at the end of the warm-up, ``again`` anew at every choice; ``random``
     and ``random_again`` draw instead. ``overlap`` is the part of the new choice that was in the
     one before (nan where there was none before or after).
     """
-    banks = scored([scoring_config(point) for point in points])
+    banks, points, data = job.banks(), job.points, job.data
     study, n = points[0].study, len(data.train)
     assert isinstance(study, Rescoring)
     first, r = points[0], study.replicas
     bounds = _bounds(first, study, data)
     net = training.net_of(first.model, data)
-    roots = training.keys([p.seed for p in points], r, training.RETRAINING)
+    roots = training.keys(job.seeds, r, training.RETRAINING)
     roots = jax.numpy.repeat(roots.reshape(len(points), 1, r), len(METHODS), axis=1).reshape(-1)
     labels = np.repeat([bank["labels"] for bank in banks], len(METHODS) * r, axis=0)
     count, members = round(study.kept * n), len(points) * len(METHODS) * r
@@ -57,8 +49,7 @@ def rescore(
             Score(scores.el2n, net, data.train, (end,), "el2n", labels),
         ]
         results = training.train(
-            *([p.train for p in points], roots, net, data.train, end, mesh),
-            recorder and recorder.stage(f"until {end}"),
+            *(job.settings, roots, net, data.train, end, job.mesh, job.stage(f"until {end}")),
             name="rescore",
             total=bounds[-1],
             start=state,

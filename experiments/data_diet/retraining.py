@@ -2,31 +2,22 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
-from jax.sharding import Mesh
 
 from dynamics import scores
-from dynamics.data.sources import Splits
-from dynamics.record import Recorder, Table
+from dynamics.record import Table
 from experiments.data_diet import scoring, training
 from experiments.data_diet.config import Config, Pruning, Timing, Transfer, Window
-from experiments.data_diet.config import scoring as scoring_config
-from experiments.data_diet.scoring import Arrays, Scored
+from experiments.data_diet.scoring import Arrays, Job
 from experiments.data_diet.training import Subset
 
 SHARED = ("input_norm", "index", "labels", "mislabelled", "diverged")
 Choose = Callable[[Config, Arrays], list[Subset]]
 
 
-def prune(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def prune(job: Job) -> list[Table]:
     """Rows for each (method, fraction, replica); ``full`` is all data.
 
     Arrays: ``el2n``, ``grand`` f32[R, N] at ``scored_at``, ``el2n_init``, ``grand_init`` f32[R, N]
@@ -44,21 +35,15 @@ def prune(
         ]
 
     def kept(point: Config, arrays: Arrays) -> Arrays:
-        at = point.study.scored_at  # pyright: ignore[reportAttributeAccessIssue]
-        names = {f"{s}@{at:g}": s for s in ("el2n", "grand")}
+        assert isinstance(point.study, Pruning)
+        names = {f"{s}@{point.study.scored_at:g}": s for s in ("el2n", "grand")}
         names |= {f"{s}@0": f"{s}_init" for s in ("el2n", "grand") if f"{s}@0" in arrays}
         return {short: arrays[name] for name, short in names.items()}
 
-    return _retrained(points, scored, choose, kept, data, mesh, recorder)
+    return _retrained(job, choose, kept)
 
 
-def time(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def time(job: Job) -> list[Table]:
     """Rows for each (method, scored_at, replica); ``scored_at`` is nan for ``random`` and ``full``.
 
     Scores of the training stream (forgetting, aum) begin at the first epoch above 0.
@@ -79,16 +64,10 @@ def time(
                 out.append(_subset(point, arrays, hard, *kept, columns, at=epoch, **share))
         return out
 
-    return _retrained(points, scored, choose, lambda *_: {}, data, mesh, recorder)
+    return _retrained(job, choose, lambda *_: {})
 
 
-def slide(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def slide(job: Job) -> list[Table]:
     """Rows for each (dropped, replica) of method ``window``, and of ``random``, ``easy``, ``full``.
 
     ``dropped`` is the fraction of hardest examples left out, ``offset`` the number of easiest.
@@ -97,11 +76,8 @@ def slide(
     def choose(point: Config, arrays: Arrays) -> list[Subset]:
         study, n = point.study, len(arrays["index"])
         assert isinstance(study, Window)
-        mean, count, r = (
-            scoring.mean(arrays, f"el2n@{study.scored_at:g}"),
-            round(study.kept * n),
-            study.replicas,
-        )
+        mean = scoring.mean(arrays, f"el2n@{study.scored_at:g}")
+        count, r = round(study.kept * n), study.replicas
         labels = arrays["labels"] if study.balanced else None
         rest = {"fraction": study.kept, "dropped": np.nan, "offset": np.nan}
         out = [_all(arrays, r, **rest | {"fraction": 1.0})]
@@ -117,51 +93,32 @@ def slide(
         return out
 
     def kept(point: Config, arrays: Arrays) -> Arrays:
-        return {"el2n": arrays[f"el2n@{point.study.scored_at:g}"]}  # pyright: ignore
+        assert isinstance(point.study, Window)
+        return {"el2n": arrays[f"el2n@{point.study.scored_at:g}"]}
 
-    return _retrained(points, scored, choose, kept, data, mesh, recorder)
+    return _retrained(job, choose, kept)
 
 
-def transfer(
-    points: Sequence[Config],
-    scored: Scored,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def transfer(job: Job) -> list[Table]:
     """Rows for each (target, source, replica): ``target`` is trained on the hardest of ``source``.
 
     Settings: ``own``, ``model`` (the other architecture) and ``rate`` (the other learning rate);
     source ``random`` is a random subset, ``full`` all data. Arrays: ``el2n_<setting>`` f32[R, N],
     and ``diverged_<setting>`` f64[R] of the runs that scored.
     """
+    study, data = job.points[0].study, job.data
+    assert isinstance(study, Transfer)
     settings = {
-        name: [_changed(point, name) for point in points] for name in ("own", "model", "rate")
+        name: [_changed(point, name) for point in job.points] for name in ("own", "model", "rate")
     }
-    banks = {
-        name: scored([scoring_config(point) for point in changed])
-        for name, changed in settings.items()
-    }
-    tables: list[list[dict]] = [[] for _ in points]
+    banks = {name: job._replace(points=changed).banks() for name, changed in settings.items()}
+    tables: list[list[dict]] = [[] for _ in job.points]
     for target, changed in settings.items():
-        subsets = []
-        for p, point in enumerate(points):
-            study = point.study
-            assert isinstance(study, Transfer)
-            own, r, at = banks["own"][p], study.replicas, study.scored_at
-            columns = {"target": target, "source": "full", "fraction": 1.0}
-            mine = [_all(own, r, **columns)]
-            for source in ("random", *settings):
-                arrays = own if source == "random" else banks[source][p]
-                method = "random" if source == "random" else "el2n_hard"
-                columns = {"target": target, "source": source, "fraction": study.kept}
-                mine.append(_subset(point, arrays, method, study.kept, r, columns, at=at))
-            subsets.append(mine)
         rows = training.retrained(
-            *([c.train for c in changed], [p.seed for p in points]),
+            *([point.train for point in changed], job.seeds),
             training.net_of(changed[0].model, data),
-            *(subsets, banks["own"], data, points[0].study.epochs, mesh),  # pyright: ignore
-            recorder and recorder.stage(target),
+            [_sources(point, target, banks, p) for p, point in enumerate(job.points)],
+            *(banks["own"], data, study.epochs, job.mesh, job.stage(target)),
             f"retrain {target}",
         )
         for p, found in enumerate(rows):
@@ -169,12 +126,26 @@ def transfer(
     out = []
     for p, parts in enumerate(tables):
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        at = points[p].study.scored_at  # pyright: ignore[reportAttributeAccessIssue]
-        arrays = {f"el2n_{name}": bank[p][f"el2n@{at:g}"] for name, bank in banks.items()}
+        at = f"el2n@{study.scored_at:g}"
+        arrays = {f"el2n_{name}": bank[p][at] for name, bank in banks.items()}
         arrays |= {f"diverged_{name}": bank[p]["diverged"] for name, bank in banks.items()}
         arrays |= {name: banks["own"][p][name] for name in SHARED}
         out.append(Table({"stage": np.full(len(columns["kept"]), "transfer")} | columns, arrays))
     return out
+
+
+def _sources(point: Config, target: str, banks: dict[str, list[Arrays]], p: int) -> list[Subset]:
+    """What a target is trained on: all data, a random subset, the hardest by each setting."""
+    study, own = point.study, banks["own"][p]
+    assert isinstance(study, Transfer)
+    subsets = [_all(own, study.replicas, target=target, source="full", fraction=1.0)]
+    for source in ("random", *banks):
+        arrays = own if source == "random" else banks[source][p]
+        method = "random" if source == "random" else "el2n_hard"
+        columns = {"target": target, "source": source, "fraction": study.kept}
+        kept = (study.kept, study.replicas)
+        subsets.append(_subset(point, arrays, method, *kept, columns, at=study.scored_at))
+    return subsets
 
 
 def _changed(point: Config, name: str) -> Config:
@@ -189,29 +160,20 @@ def _changed(point: Config, name: str) -> Config:
     return point
 
 
-def _retrained(
-    points: Sequence[Config],
-    scored: Scored,
-    choose: Choose,
-    keep: Callable[[Config, Arrays], Arrays],
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[Table]:
+def _retrained(job: Job, choose: Choose, keep: Callable[[Config, Arrays], Arrays]) -> list[Table]:
     """The table of each point, from the subsets that it chooses by its scores."""
-    banks = scored([scoring_config(point) for point in points])
+    banks, study = job.banks(), job.points[0].study
+    assert isinstance(study, Pruning | Timing | Window)
+    subsets = [choose(point, bank) for point, bank in zip(job.points, banks, strict=True)]
+    net = training.net_of(job.points[0].model, job.data)
     rows = training.retrained(
-        *([point.train for point in points], [point.seed for point in points]),
-        training.net_of(points[0].model, data),
-        [choose(point, arrays) for point, arrays in zip(points, banks, strict=True)],
-        *(banks, data),
-        points[0].study.epochs,  # pyright: ignore[reportAttributeAccessIssue]
-        *(mesh, recorder),
+        *(job.settings, job.seeds, net, subsets, banks, job.data),
+        *(study.epochs, job.mesh, job.recorder),
     )
-    stage = type(points[0].study).__name__.lower()
+    stage = type(study).__name__.lower()
     tables = []
-    for point, arrays, columns in zip(points, banks, rows, strict=True):
-        mine = {name: arrays[name] for name in SHARED} | keep(point, arrays)
+    for point, bank, columns in zip(job.points, banks, rows, strict=True):
+        mine = {name: bank[name] for name in SHARED} | keep(point, bank)
         tables.append(Table({"stage": np.full(len(columns["kept"]), stage)} | columns, mine))
     return tables
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,39 @@ from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, Var
 from dynamics.record import Recorder, Table
 from dynamics.types import Batch, Task, TrainState
 from experiments.data_diet import training
-from experiments.data_diet.config import Method, ScoringConfig
+from experiments.data_diet.config import Config, Method, ScoringConfig, scoring_part
 
 Arrays = dict[str, np.ndarray]
 Scored = Callable[[Sequence[ScoringConfig]], list[Arrays]]
+
+
+class Job(NamedTuple):
+    """A study at all its points, and where it runs."""
+
+    points: Sequence[Config]
+    scored: Scored
+    data: Splits
+    mesh: Mesh | None
+    recorder: Recorder | None
+
+    def banks(self) -> list[Arrays]:
+        """The scores of each point."""
+        return self.scored([scoring_part(point) for point in self.points])
+
+    def stage(self, name: str) -> Recorder | None:
+        """Where one of several trainings is stored."""
+        return self.recorder and self.recorder.stage(name)
+
+    @property
+    def settings(self) -> list[optim.Train]:
+        """How each point trains."""
+        return [point.train for point in self.points]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seed of each point."""
+        return [point.seed for point in self.points]
+
 
 STREAMED = {  # what the probes of the training stream are called, and what the scores are
     "forgetting.events": "forgetting",

@@ -85,7 +85,7 @@ def test_seeds_are_paired(table: record.Table) -> None:
 
 
 def test_subsets(data: Any, table: record.Table) -> None:
-    (arrays,) = scoring.stored(data, None, None, {})([data_diet.scoring_config(TINY)])
+    (arrays,) = scoring.stored(data, None, None, {})([scoring.scoring_part(TINY)])
     np.testing.assert_array_equal(arrays["el2n@1"], table.arrays["el2n"])
 
     def chosen(method: str, replica: int = 0, **options: Any) -> np.ndarray:
