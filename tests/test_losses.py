@@ -11,10 +11,23 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from references import losses as reference
 
-from dynamics.losses import at_label, cross_entropy, squared_error
+from dynamics.losses import (
+    at_label,
+    cross_entropy,
+    generalised_cross_entropy,
+    label_smoothing,
+    squared_error,
+    symmetric_cross_entropy,
+)
 
 FEW = settings(derandomize=True, deadline=None, max_examples=25)
-LOSSES = {"cross_entropy": jax.jit(cross_entropy), "squared_error": jax.jit(squared_error)}
+LOSSES = {
+    loss.__name__: jax.jit(loss)
+    for loss in (
+        *(cross_entropy, squared_error, label_smoothing),
+        *(generalised_cross_entropy, symmetric_cross_entropy),
+    )
+}
 each_loss = pytest.mark.parametrize("name", LOSSES)
 B, K = 6, 5
 logits = hnp.arrays(np.float32, (B, K), elements=st.floats(-30, 30, width=32))
@@ -40,7 +53,7 @@ def gradient(name, z, y):
 def test_against_float64(name, z, y):
     found = LOSSES[name](jnp.asarray(z), jnp.asarray(y))
     assert found.dtype == jnp.float32
-    atol = 30 * 2**-23 if name == "cross_entropy" else 1e-6  # of logits up to 30
+    atol = 1e-6 if name == "squared_error" else 30 * 2**-23  # of logits up to 30
     np.testing.assert_allclose(found, expected(name, z, y), rtol=1e-5, atol=atol)
 
 
@@ -156,3 +169,34 @@ def test_at_label_is_a_onehot():
     mine = at_label(jnp.zeros((2, 2, 3)), y)
     np.testing.assert_array_equal(mine, np.eye(3, dtype=bool)[np.asarray(y)])
     assert mine.dtype == bool
+
+
+# ---- losses for wrong labels --------------------------------------------------------------------
+
+
+@FEW
+@given(z=logits, y=labels)
+def test_generalised_cross_entropy_lies_between_its_ends(z, y):
+    """q -> 0 is the cross-entropy, q = 1 the probability of another class."""
+    z, y = jnp.asarray(z), jnp.asarray(y)
+    near = generalised_cross_entropy(z, y, q=1e-3)
+    full = cross_entropy(z, y)
+    np.testing.assert_allclose(near, full * (1 - 0.5e-3 * full), rtol=1e-3, atol=1e-5)
+    wrong = 1 - jax.nn.softmax(z)[jnp.arange(B), y]
+    np.testing.assert_allclose(generalised_cross_entropy(z, y, q=1.0), wrong, atol=1e-6)
+
+
+@FEW
+@given(z=logits, y=labels)
+def test_losses_for_wrong_labels_are_bounded_where_cross_entropy_is_not(z, y):
+    z, y = jnp.asarray(z), jnp.asarray(y)
+    assert (generalised_cross_entropy(z, y) <= 1 / 0.7 + 1e-6).all()
+    reverse = symmetric_cross_entropy(z, y, forward=0.0)
+    assert ((reverse >= 0) & (reverse <= 4 + 1e-5)).all()
+
+
+def test_label_smoothing_is_least_at_the_smoothed_target():
+    target = jnp.log(jnp.array([[0.9 + 0.02, 0.02, 0.02, 0.02, 0.02]]))
+    y = jnp.array([0])
+    slope = jax.grad(lambda z: label_smoothing(z, y).sum())(target)
+    np.testing.assert_allclose(slope, 0, atol=1e-7)

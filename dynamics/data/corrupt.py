@@ -4,10 +4,27 @@ Every model draws new labels and ends in ``noisy``. Draws rank or reduce the raw
 which numpy guarantees: one seed gives the same noise on every machine and version.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Integer
+from jaxtyping import Bool, Float, Int32, Integer
+
+# truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
+CIFAR10_CONFUSED = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
+# The blocks of 5 consecutive labels that published code calls superclasses ...
+CIFAR100_BLOCKS = tuple(tuple(range(first, first + 5)) for first in range(0, 100, 5))
+# ... and the superclass of each of the 100 labels, which are in alphabetical order.
+_COARSE = """
+4 1 14 8 0 6 7 7 18 3 3 14 9 18 7 11 3 9 7 11 6 11 5 10 7 6 13 15 3 15 0 11 1 10 12 14 16 9 11 5
+5 19 8 8 15 13 14 17 18 10 16 4 17 4 2 0 17 4 18 17 10 3 2 12 12 16 12 1 9 19 2 10 0 1 16 12 9 13 15
+13 16 19 2 4 6 19 5 5 8 19 18 1 2 15 6 0 17 8 14 13
+"""
+CIFAR100_SUPERCLASSES = tuple(
+    tuple(fine for fine, coarse in enumerate(_COARSE.split()) if int(coarse) == k)
+    for k in range(20)
+)
 
 
 class Noisy(NamedTuple):
@@ -46,6 +63,73 @@ def symmetric_including(
     """
     shift = _words("symmetric including", len(y), seed) % np.uint64(max(num_classes, 1))
     return _shifted(y, rate, num_classes, seed, shift)
+
+
+def asymmetric_cifar10(y: Integer[np.ndarray, "n"], rate: float, seed: int) -> Noisy:
+    """Exactly ceil(rate n_c) labels of each of five classes become the class it is confused with.
+
+    Trucks become automobiles, birds airplanes, deer horses, cats dogs and dogs cats; on balanced
+    data about rate / 2 of all labels end up wrong. Nested in the rate. ValueError: rate >= 0.5,
+    where cats and dogs change places.
+
+    Reference: Patrini et al. 2017, arXiv 1609.03683, section 5; counts as in the code of Liu et al.
+    2020, arXiv 2007.00151.
+    """
+    check(y, rate, 10)
+    if rate >= 0.5:
+        raise ValueError(f"rate must be < 0.5, beyond which cats and dogs swap, got {rate!r}")
+    return _renamed(y, CIFAR10_CONFUSED, lambda count: math.ceil(rate * count), seed)
+
+
+def circular(
+    y: Integer[np.ndarray, "n"], rate: float, blocks: Sequence[Sequence[int]], seed: int
+) -> Noisy:
+    """Exactly round(rate n_c) labels of each class become the next one of its block, the last the
+    first. Nested in the rate.
+
+    ``CIFAR100_BLOCKS`` reproduces what the literature calls asymmetric noise on CIFAR-100, whose
+    blocks are neighbours in the alphabet (published code draws the counts at random);
+    ``CIFAR100_SUPERCLASSES`` are the true superclasses. ValueError: a label in two blocks, or none.
+    """
+    members = [label for block in blocks for label in block]
+    check(y, rate, int(max([1, *members, *y])) + 1)
+    lost = set(np.unique(y).tolist()) - set(members)
+    if lost or len(set(members)) < len(members) or any(len(block) < 2 for block in blocks):
+        raise ValueError(
+            f"blocks must hold every label once, in blocks of 2 or more; missing {sorted(lost)}, "
+            f"got {[list(block) for block in blocks]}"
+        )
+    following = {
+        a: b for block in blocks for a, b in zip(block, [*block[1:], block[0]], strict=True)
+    }
+    return _renamed(y, following, lambda count: round(rate * count), seed)
+
+
+def transition(y: Integer[np.ndarray, "n"], matrix: Float[np.ndarray, "c c"], seed: int) -> Noisy:
+    """Each label i becomes j with probability ``matrix[i, j]``, independently of the others.
+
+    The rate is that of the draw; its expectation is the mean of 1 - matrix[i, i] over the labels.
+    ValueError: rows that are no distributions.
+    """
+    check(y, 0.0, len(matrix))
+    rows = np.asarray(matrix, np.float64)
+    if (rows < 0).any() or not np.allclose(rows.sum(axis=1), 1, atol=1e-6):
+        raise ValueError(f"rows of the matrix must be >= 0 and sum to 1, got {rows.sum(axis=1)}")
+    ends = np.cumsum(rows / rows.sum(axis=1, keepdims=True), axis=1)
+    uniform = (_words("transition", len(y), seed) >> np.uint64(11)) * 2.0**-53
+    labels = (uniform[:, None] >= ends[y]).sum(axis=1)
+    last = np.array([np.flatnonzero(row)[-1] for row in rows])  # where rounding leaves ends < 1
+    return noisy(y.astype(np.int64), np.minimum(labels, last[y]))
+
+
+def _renamed(y: np.ndarray, to: dict[int, int], count: Callable[[int], int], seed: int) -> Noisy:
+    """Of each class, ``count(its size)`` examples get another label."""
+    clean, labels = y.astype(np.int64), y.astype(np.int64)
+    order = np.argsort(_words("flip", len(y), seed), kind="stable")
+    for label, other in to.items():
+        mine = order[clean[order] == label]
+        labels[mine[: count(len(mine))]] = other
+    return noisy(clean, labels)
 
 
 def _shifted(y: np.ndarray, rate: float, num_classes: int, seed: int, shift: np.ndarray) -> Noisy:

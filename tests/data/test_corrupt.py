@@ -1,12 +1,24 @@
 """Label noise: how many, which, to what; and that a seed and a rate determine it."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from dynamics.data.corrupt import noisy, symmetric, symmetric_including
+from dynamics.data.corrupt import (
+    CIFAR10_CONFUSED,
+    CIFAR100_BLOCKS,
+    CIFAR100_SUPERCLASSES,
+    asymmetric_cifar10,
+    circular,
+    noisy,
+    symmetric,
+    symmetric_including,
+    transition,
+)
 
 MODELS = [symmetric, symmetric_including]
 cases = given(
@@ -130,3 +142,68 @@ def test_noisy_compares_before_and_after():
     out = noisy(np.array([0, 1, 2, 3]), np.array([0, 2, 2, 0]))
     assert out.mask.tolist() == [False, True, False, True] and out.rate == 0.5
     assert out.labels.tolist() == [0, 2, 2, 0] and out.clean.tolist() == [0, 1, 2, 3]
+
+
+# ---- noise that knows the classes ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.25, 0.4, 0.49])
+def test_asymmetric_noise_of_cifar10(rate):
+    y = labels(5_000, 10)
+    out = asymmetric_cifar10(y, rate, 3)
+    for label in range(10):
+        mine = y == label
+        flipped = math.ceil(rate * mine.sum()) if label in CIFAR10_CONFUSED else 0
+        assert (out.mask & mine).sum() == flipped
+        assert (out.labels[out.mask & mine] == CIFAR10_CONFUSED.get(label, -1)).all()
+    assert out.rate == pytest.approx(rate / 2, abs=0.02)
+    less = asymmetric_cifar10(y, rate / 2, 3)
+    assert not (less.mask & ~out.mask).any()
+
+
+def test_superclasses_are_twenty_fives_and_not_neighbours_in_the_alphabet():
+    for blocks in (CIFAR100_BLOCKS, CIFAR100_SUPERCLASSES):
+        assert [len(block) for block in blocks] == [5] * 20
+        assert sorted(label for block in blocks for label in block) == list(range(100))
+    coarse = {fine: k for k, block in enumerate(CIFAR100_SUPERCLASSES) for fine in block}
+    following = [(b[i], b[(i + 1) % 5]) for b in CIFAR100_BLOCKS for i in range(5)]
+    assert sum(coarse[a] == coarse[b] for a, b in following) == 6
+
+
+@pytest.mark.parametrize("blocks", [CIFAR100_BLOCKS, CIFAR100_SUPERCLASSES])
+def test_circular_noise_stays_in_its_block(blocks):
+    y = np.tile(np.arange(100), 40)
+    out = circular(y, 0.3, blocks, 0)
+    assert out.mask.sum() == 100 * 12
+    home = {label: k for k, block in enumerate(blocks) for label in block}
+    for a, b in zip(y[out.mask], out.labels[out.mask], strict=True):
+        assert home[a] == home[b] and blocks[home[a]].index(b) == (blocks[home[a]].index(a) + 1) % 5
+
+
+def test_transition_draws_from_its_rows():
+    matrix = np.array([[0.7, 0.2, 0.1], [0.0, 1.0, 0.0], [0.25, 0.25, 0.5]])
+    y = np.repeat(np.arange(3), 20_000)
+    out = transition(y, matrix, 1)
+    for label, row in enumerate(matrix):
+        counts = np.bincount(out.labels[y == label], minlength=3)
+        assert (counts[row == 0] == 0).all()
+        some = row > 0
+        statistic = (((counts - 20_000 * row)[some] ** 2) / (20_000 * row[some])).sum()
+        assert chi2.sf(statistic, max(some.sum() - 1, 1)) > 1e-3
+    assert out.rate == pytest.approx((0.3 + 0 + 0.5) / 3, abs=0.01)
+    np.testing.assert_array_equal(transition(y, np.eye(3), 1).labels, y)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda y: asymmetric_cifar10(y, 0.5, 0), "rate must be < 0.5"),
+        (lambda y: circular(y, 0.3, [[0, 1]], 0), "missing"),
+        (lambda y: circular(y, 0.3, [[0, 1, 2], [2, 3]], 0), "every label once"),
+        (lambda y: transition(y, np.full((4, 4), 0.3), 0), "sum to 1"),
+        (lambda y: transition(y, np.eye(3), 0), "y must be labels from 0 to 2"),
+    ],
+)
+def test_impossible_noise_that_knows_the_classes_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(np.array([0, 1, 2, 3]))

@@ -40,3 +40,18 @@ def error(logits, label):
 def el2n(logits, label):
     """hypot does not underflow."""
     return math.hypot(*error(logits, label))
+
+
+def label_smoothing(logits, label, epsilon=0.1):
+    each = [cross_entropy(logits, k) for k in range(len(logits))]
+    return (1 - epsilon) * each[label] + epsilon * math.fsum(each) / len(each)
+
+
+def generalised_cross_entropy(logits, label, q=0.7):
+    return -math.expm1(-q * cross_entropy(logits, label)) / q
+
+
+def symmetric_cross_entropy(logits, label, forward=0.1, reverse=1.0, log_zero=-4.0):
+    p = softmax([float(z) for z in logits])
+    reverse_term = math.fsum(-v * log_zero for k, v in enumerate(p) if k != label)
+    return forward * cross_entropy(logits, label) + reverse * reverse_term
