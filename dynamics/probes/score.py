@@ -25,7 +25,7 @@ class Score:
     every: int | Collection[int]
     name: str
     labels: Int[np.ndarray, "k n"] | None = None
-    batch_size: int = 128
+    batch_size: int = 256
 
     def start(self, state: TrainState, each: Each) -> PyTree:
         """Nothing is remembered."""

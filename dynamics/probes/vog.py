@@ -37,7 +37,7 @@ class VarianceOfGradients:
     name: str = "vog"
     target: Target = "logit"
     labels: Int[np.ndarray, "k n"] | None = None
-    batch_size: int = 128
+    batch_size: int = 256
 
     def start(self, state: TrainState, each: Each) -> PyTree:
         """No checkpoint yet: count i32[K], mean and m2 f32[K, N, ...]."""

@@ -63,10 +63,7 @@ def lenient():
     jax.config.update("jax_numpy_rank_promotion", before[1])
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["grand_mlp", "grand_convnet", "grand_resnet", "grand_transformer", "dataset", "importance"],
-)
+@pytest.mark.parametrize("name", ["grand_mlp", "grand_convnet", "dataset", "importance"])
 def test_scores_run(name, lenient):
     rows = {row.name: row for row in BENCHMARKS[name](True)}
     assert rows
@@ -99,6 +96,7 @@ def test_quick_run_writes_the_table(tmp_path):
     assert len(set(names)) == len(names)
     assert {"fit_mnist", "population", "convnet", "order_sort", "checkpoint_mnist"} <= set(names)
     assert {"grand_mlp_vmap", "grand_convnet_torch", "el2n_dataset", "sampled"} <= set(names)
+    assert {"grand_resnet_vmap", "grand_transformer_vmap"} <= set(names)  # slow to compile
     assert all(row["skipped"] or np.isfinite(row["ratio"]) for row in rows)
     assert next(row for row in rows if row["name"] == "compiled")["ours"] == 0
     table = next(tmp_path.glob("*.md")).read_text()
