@@ -3,8 +3,14 @@
 A weight's gradient is A^T D: A [T, m] the rows that met the weight, D [T, n] the derivatives of the
 results. The axis G counts pieces of the weight that work side by side: the groups of a convolution,
 batched products. A is a list of blocks of columns, [G, T, m_j] each, or the positions of ones.
+
+Inner products of rows square what they sum: where the T outer products of one example cancel to the
+fraction e of their size, a length has a relative error of about 1e-7 / e^2; 1e-7 / e if the
+gradient is made.
 """
 
+import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -18,6 +24,7 @@ from dynamics.ghost.factors import Factors, Part
 from dynamics.ghost.uses import Convolution, Lookup, Product
 
 EXACT = jax.lax.Precision.HIGHEST
+AT_ONCE = 16  # examples whose patches are in memory (measured: 1.3 times faster than 64 on a CPU)
 
 
 def norms(found: Factors) -> Float[Array, "b"]:
@@ -26,11 +33,19 @@ def norms(found: Factors) -> Float[Array, "b"]:
     Cost: for each weight the smaller of T^2 (m + n) and T m n multiply-adds an example.
     """
     pieces = [jax.vmap(_length)(g) for g in found.gradients.values()]
-    pieces += [jax.vmap(_length_of_parts)(parts) for parts in found.parts.values()]
+    pieces += [_lengths(parts) for parts in found.parts.values()]
     each = jnp.stack(pieces, axis=1)
     largest = each.max(axis=1, keepdims=True)
     unit = jnp.where(largest > 0, largest, 1)
     return unit[:, 0] * jnp.sqrt(jnp.sum((each / unit) ** 2, axis=1))
+
+
+def _lengths(parts: tuple[Part, ...]) -> jax.Array:
+    """Patches of convolutions are large: those of a few examples at a time stay in the cache."""
+    large = any(isinstance(part.kind, Convolution) for part in parts)
+    if large and len(parts[0].d) > AT_ONCE:
+        return jax.lax.map(_length_of_parts, parts, batch_size=AT_ONCE)
+    return jax.vmap(_length_of_parts)(parts)
 
 
 def products(one: Factors, other: Factors) -> Float[Array, "b c"]:
@@ -160,6 +175,11 @@ def _joined(rows: list[_Rows]) -> list[_Rows]:
 
 def _rows(a: jax.Array, d: jax.Array, part: Part) -> _Rows:
     """The rows of one use by one example."""
+    if part.loops:
+        apart, *inner = part.loops
+        of_round = dataclasses.replace(part, loops=tuple(inner))
+        each = jax.vmap(lambda a, d: _rows(a, d, of_round))(a, d)
+        return jax.tree.map(functools.partial(_of_all_rounds, apart), each)
     kind = part.kind
     if isinstance(kind, Lookup):
         at = a[..., kind.column].reshape(-1).astype(jnp.int32)
@@ -173,6 +193,16 @@ def _rows(a: jax.Array, d: jax.Array, part: Part) -> _Rows:
     else:
         found = _patches(a, d, kind)
     return _Rows(found.d, found.a) if part.swapped else found
+
+
+def _of_all_rounds(apart: bool, x: jax.Array) -> jax.Array:
+    """[L, G, T, m] as rows of the same pieces of the weight, or of pieces apart; [L, T] as rows."""
+    if x.ndim == 2:
+        return x.reshape(-1)
+    length, g, t, m = x.shape
+    if apart:
+        return x.reshape(length * g, t, m)
+    return x.swapaxes(0, 1).reshape(g, length * t, m)
 
 
 def _product(a: jax.Array, d: jax.Array, kind: Product) -> _Rows:

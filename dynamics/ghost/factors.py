@@ -31,10 +31,9 @@ from dynamics.ghost.uses import (
     Lookup,
     Product,
     Site,
-    Walk,
     Weight,
-    live,
 )
+from dynamics.ghost.walk import Walk, live
 from dynamics.types import Leaf, PyTree
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,7 @@ class Part:
     d: Leaf  # derivative of the loss by the result, times the weight's factor: [B, ...]
     kind: Product | Convolution | Lookup = struct.field(pytree_node=False)
     swapped: bool = struct.field(pytree_node=False, default=False)
+    loops: tuple[bool, ...] = struct.field(pytree_node=False, default=())  # as of ``Site``: axes
 
 
 @struct.dataclass
@@ -67,67 +67,58 @@ def factors(
 
     ``examples`` has leaves [B, ...]; ``loss`` is of one of them, without that axis, so none can
     depend on another. ``only`` is a regular expression: leaves whose path ("head/kernel") it is
-    not found in are left out. Weights that enter only products (dense layers, attention
-    projections), convolutions and lookups are factored; the gradients of all others are made for
-    each example: cheap for biases, norms and positions; otherwise a warning names them.
-
-    Leaves that are not floating have none.
+    not found in are left out, as are leaves that are not floating. Weights that enter only products
+    (dense layers, attention projections), convolutions and lookups are factored, also in loops of a
+    fixed length (``scan``); the gradients of all others are made for each example: cheap for
+    biases, norms and positions; otherwise a warning names them.
 
     Cost: one forward and one backward pass without the gradients of factored weights.
     ValueError: no floating leaf is called ``only``, or a leaf is complex.
     """
-    paths = [p for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p in paths]
-    leaves, treedef = jax.tree.flatten(params)
-    chosen = [bool(re.search(only, n)) and _floating(x) for n, x in zip(names, leaves, strict=True)]
-    if not any(chosen):
-        raise ValueError(f"no parameter has {only!r} in its path; there are {names}")
+    names, origins = _chosen(params, only)
+    leaves = jax.tree.leaves(params)
     one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), examples)
     closed = jax.make_jaxpr(loss)(params, shared, one)
-    origins = [
-        Weight(i, tuple(range(jnp.ndim(leaf))), (), 1.0) if chosen[i] else CONSTANT
-        for i, leaf in enumerate(leaves)
-    ]
-    origins += [CONSTANT] * len(jax.tree.leaves(shared)) + [EXAMPLE] * len(jax.tree.leaves(one))
-    jaxpr = live(closed)
+    jaxpr, inputs = live(closed), list(origins)
+    inputs += [CONSTANT] * len(jax.tree.leaves(shared)) + [EXAMPLE] * len(jax.tree.leaves(one))
 
     def walked(walk: Walk, values: list[Any]) -> tuple[Any, Any]:
-        (value,), (origin,) = walk.run(jaxpr, closed.consts, values, origins)
+        (value,), (origin,) = walk.run(jaxpr, closed.consts, values, inputs)
         return value, origin
 
     sites, direct = _plan(walked, (leaves, shared, one), names, leaves)
 
-    def tapped(taps: dict, own: dict, example: PyTree) -> tuple[jax.Array, tuple[dict, dict]]:
-        walk = Walk(taps)
-        mine = [own.get(i, leaf) for i, leaf in enumerate(leaves)]
-        values = [*mine, *jax.tree.leaves(shared), *jax.tree.leaves(example)]
-        value, _ = walked(walk, values)
-        scales = {
-            site.number: jnp.asarray(site.weight.factor, jnp.float32)
-            for site in walk.sites
-            if site.number in taps
-        }
-        return value, (walk.captured, scales)
+    def tapped(taps: dict, own: dict, example: PyTree) -> tuple[jax.Array, dict]:
+        walk, mine = Walk(taps), [own.get(i, leaf) for i, leaf in enumerate(leaves)]
+        value, _ = walked(walk, [*mine, *jax.tree.leaves((shared, example))])
+        return value, walk.captured
 
     taps = {site.number: jnp.zeros(site.shape, site.dtype) for site in sites}
     own = {i: leaves[i] for i in direct}
-    gradient = jax.grad(tapped, argnums=(0, 1), has_aux=True)
-    found, seen = jax.vmap(gradient, in_axes=(None, None, 0))(taps, own, examples)
-    (deltas, gradients), (captured, scales) = found, seen
-    used = {*direct, *(site.weight.leaf for site in sites)}
-    nothing = jnp.zeros((len(jax.tree.leaves(examples)[0]), 0))
-    gradients |= {i: nothing for i, ours in enumerate(chosen) if ours and i not in used}
-    return _collected(sites, names, deltas, gradients, captured, scales)
+    gradient = jax.vmap(jax.grad(tapped, argnums=(0, 1), has_aux=True), in_axes=(None, None, 0))
+    (deltas, gradients), captured = gradient(taps, own, examples)
+    unused = {i for i, origin in enumerate(origins) if origin is not CONSTANT} - {*direct}
+    unused -= {site.weight.leaf for site in sites}
+    gradients |= dict.fromkeys(unused, jnp.zeros((len(jax.tree.leaves(examples)[0]), 0)))
+    return _collected(sites, names, deltas, gradients, captured)
 
 
 # What is factored
 
 
-def _floating(leaf: Leaf) -> bool:
-    dtype = jax.dtypes.result_type(leaf)
-    if jnp.issubdtype(dtype, jnp.complexfloating):
-        raise ValueError(f"parameters must be real, got one of {dtype}")
-    return jnp.issubdtype(dtype, jnp.floating)
+def _chosen(params: PyTree, only: str) -> tuple[list[str], list[Any]]:
+    """The paths of the leaves, and what each is: a weight, or constant if it is not asked for."""
+    names, origins = [], []
+    for i, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        names.append(jax.tree_util.keystr(path, simple=True, separator="/"))
+        dtype = jax.dtypes.result_type(leaf)
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise ValueError(f"parameters must be real, got {names[-1]!r} of {dtype}")
+        ours = re.search(only, names[-1]) and jnp.issubdtype(dtype, jnp.floating)
+        origins.append(Weight(i, tuple(range(jnp.ndim(leaf))), (), 1.0) if ours else CONSTANT)
+    if all(origin is CONSTANT for origin in origins):
+        raise ValueError(f"no parameter has {only!r} in its path; there are {names}")
+    return names, origins
 
 
 def _plan(
@@ -172,7 +163,8 @@ def _layout(site: Site) -> Any:
     if weight.axes is None:
         return (weight.history, rows, columns, groups)
     rows, columns, groups = (tuple(weight.axes[i] for i in s) for s in (rows, columns, groups))
-    return frozenset((rows, columns)), groups
+    slices = tuple(step[2] for step in weight.history if step[0] == "slice")
+    return frozenset((rows, columns)), slices + groups
 
 
 def _collected(
@@ -181,7 +173,6 @@ def _collected(
     deltas: dict,
     gradients: dict,
     captured: dict,
-    scales: dict,
 ) -> Factors:
     """What the backward pass found, by leaf."""
     parts: dict[str, tuple[Part, ...]] = {}
@@ -189,10 +180,10 @@ def _collected(
     for site in sites:
         rows = _oriented(site)
         swapped = rows != first.setdefault(site.weight.leaf, rows)
-        scale = scales[site.number]
+        a, scale = captured[site.number]
         d = deltas[site.number].astype(jnp.float32)
-        d = d * scale.reshape(-1, *(1,) * (d.ndim - 1))
-        part = Part(captured[site.number], d, site.kind, swapped)
+        d = d * scale.reshape(*scale.shape, *(1,) * (d.ndim - scale.ndim))
+        part = Part(a, d, site.kind, swapped, site.loops)
         name = names[site.weight.leaf]
         parts[name] = (*parts.get(name, ()), part)
     return Factors(parts, {names[leaf]: g for leaf, g in gradients.items()})

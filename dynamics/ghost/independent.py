@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.extend.core import Literal
 
-from dynamics.ghost.uses import live
+from dynamics.ghost.walk import live, loop, opened
 from dynamics.types import PyTree
 
 SIZES = (10007, 10009, 10037)  # primes: an axis of such a length is the batch, or made of it
@@ -53,13 +53,8 @@ def check_independent(
         )
 
 
-def _opened(jaxpr: Any) -> Any:
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def _unsliced(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    """How many of a loop's variables are not cut along their first axis; these come first."""
-    return sum(v.aval.ndim == w.aval.ndim for v, w in zip(outer, inner, strict=True))
+def _shapes(variables: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [v.aval.shape for v in variables]
 
 
 class _Coupled(Exception):
@@ -92,24 +87,22 @@ class _Search:
             return self._scan(eqn, ins)
         if name == "while":
             n, m = p["cond_nconsts"], p["body_nconsts"]
-            carry = self._loop(_opened(p["body_jaxpr"]), ins[n : n + m], ins[n + m :], [])
-            self.follow(_opened(p["cond_jaxpr"]), [*ins[:n], *carry])
+            carry = self._loop(opened(p["body_jaxpr"])[0], ins[n : n + m], ins[n + m :], [])
+            self.follow(opened(p["cond_jaxpr"])[0], [*ins[:n], *carry])
             return carry
         if name == "cond":
             self._check(eqn, ins[:1])
-            each = [self.follow(_opened(branch), ins[1:]) for branch in p["branches"]]
+            each = [self.follow(opened(branch)[0], ins[1:]) for branch in p["branches"]]
             return [self._joined(v, rows) for v, *rows in zip(eqn.outvars, *each, strict=True)]
-        inner = _opened(next((p[key] for key in INNER if key in p), None))
-        if len(getattr(inner, "invars", ())) == len(ins):
+        inner = opened(next((p[key] for key in INNER if key in p), None))[0]
+        if _shapes(getattr(inner, "invars", ())) == _shapes(eqn.invars):  # else of its elements
             return self.follow(inner, ins)
         self._check(eqn, ins)
         cut = self._cut(eqn, ins[0]) if name == "slice" else None
         return [self._joined(v, ins if cut is None else [cut]) for v in eqn.outvars]
 
     def _scan(self, eqn: Any, ins: list[Rows]) -> list[Rows]:
-        body = _opened(eqn.params["jaxpr"])
-        m, carried = _unsliced(eqn.invars, body.invars), _unsliced(eqn.outvars, body.outvars)
-        n = m - carried
+        (body, _), n, m = loop(eqn)
         xs = [self._joined(v, [r]) for v, r in zip(body.invars[m:], ins[m:], strict=True)]
         carry = self._loop(body, ins[:n], ins[n:m], xs)
         if eqn.params["length"] % self._size == 0 and any(r not in (NONE, ALL) for r in carry):

@@ -1,4 +1,4 @@
-"""Where a function uses its weights: a walk through its jaxpr that can add taps there.
+"""The ways to use a weight, as equations of a jaxpr show them.
 
 A value is *made of* a weight if it holds the weight's entries and nothing else, moved and scaled; a
 *use* is an equation in which such a value meets something that depends on the example, or becomes
@@ -7,22 +7,14 @@ the other operand say everything about the weight's gradient.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
-from jax.extend.core import Literal
-from jax.interpreters import partial_eval
 
 CONSTANT, EXAMPLE = "constant", "example"  # does not depend on params / depends on the example
 
-# Primitives that are opened: their insides are walked, too.
-OPENED = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 SAME = ("convert_element_type", "copy", "reduce_precision", "sharding_constraint", "copy_p")
 RESHAPED = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim")
-CHEAP = ("add", "sub", "mul", "div", "add_any", "concatenate")  # as biases, norms, positions do
-SUMMED = ("reduce_sum", "dot_general")  # what comes of these may be smaller than the weight
 
 
 class Weight(NamedTuple):
@@ -75,104 +67,21 @@ class Lookup(NamedTuple):
 
 
 class Site(NamedTuple):
-    """One use: its place in the walk, the weight there, what kind, and the shape of its result."""
+    """One use: its place in the walk, the weight there, what kind, and the shape of its result.
 
-    number: int
+    In loops the place is one number for each, and the shape begins with their lengths; ``loops``
+    tells of each, outermost first, whether the weight there is another slice in each round.
+    """
+
+    number: tuple[int, ...]
     weight: Weight
     kind: Product | Convolution | Lookup
     shape: tuple[int, ...]
     dtype: Any
+    loops: tuple[bool, ...] = ()
 
 
-class Walk:
-    """Evaluates a jaxpr and notes the uses of its weights.
-
-    ``taps`` (by the number of the site) are added to the results of uses; ``captured`` are then
-    the other operands there. Without taps everything is only noted: ``sites``, and ``direct``:
-    leaves that are used in another way, with the reason.
-    """
-
-    def __init__(self, taps: dict[int, jax.Array] | None = None):
-        """Nothing is noted yet."""
-        self.taps = taps or {}
-        self.captured: dict[int, jax.Array] = {}
-        self.sites: list[Site] = []
-        self.direct: dict[int, str] = {}
-        self._count = 0
-
-    def run(
-        self, jaxpr: Any, consts: Sequence[Any], values: Sequence[Any], origins: Sequence[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        """The outputs of a jaxpr and where they come from."""
-        known: dict[Any, Any] = {
-            v: (c, CONSTANT) for v, c in zip(jaxpr.constvars, consts, strict=True)
-        }
-        known |= {v: pair for v, *pair in zip(jaxpr.invars, values, origins, strict=True)}
-
-        def read(v: Any) -> Any:
-            return (v.val, CONSTANT) if isinstance(v, Literal) else known[v]
-
-        for eqn in jaxpr.eqns:
-            ins = [read(v) for v in eqn.invars]
-            inner = eqn.params.get("jaxpr") if eqn.primitive.name in OPENED else None
-            if inner is not None:
-                opened, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-                outs = self.run(opened, consts, [v for v, _ in ins], [o for _, o in ins])
-            else:
-                outs = self._equation(eqn, [v for v, _ in ins], [o for _, o in ins])
-            known |= {v: pair for v, *pair in zip(eqn.outvars, *outs, strict=True)}
-        found = [read(v) for v in jaxpr.outvars]
-        return [v for v, _ in found], [o for _, o in found]
-
-    def _equation(
-        self, eqn: Any, values: list[Any], origins: list[Any]
-    ) -> tuple[list[Any], list[Any]]:
-        outs = _bind(eqn, values)
-        ours = [i for i, o in enumerate(origins) if isinstance(o, Weight | Mixed)]
-        seen = any(o is EXAMPLE for o in origins)
-        if not ours:
-            return outs, [EXAMPLE if seen else CONSTANT] * len(outs)
-        kind = _kind(eqn, origins, ours)
-        if not seen and (kind is None or outs[0].size >= values[ours[0]].size):
-            origin = _moved(eqn, values, origins, ours)
-            return outs, [origin] * len(outs)
-        if kind is None:
-            for i in ours:
-                self.note(eqn.primitive.name, origins[i])
-            return outs, [EXAMPLE] * len(outs)
-        weight, other, out = origins[ours[0]], values[1 - ours[0]], outs[0]
-        number, self._count = self._count, self._count + 1
-        self.sites.append(Site(number, weight, kind, out.shape, out.dtype))
-        if number in self.taps:
-            self.captured[number] = other
-            out = out + self.taps[number]
-        return [out], [EXAMPLE]
-
-    def note(self, name: str, origin: Any) -> None:
-        """The gradients of these leaves must be made: they enter ``name`` as they are."""
-        leaves, through = frozenset(), ""
-        if isinstance(origin, Weight):
-            leaves = {origin.leaf}
-        if isinstance(origin, Mixed):
-            leaves, through = origin.leaves, f" through {origin.by}"
-        cheap = name in CHEAP and not through.endswith(SUMMED)
-        for leaf in sorted(leaves):
-            self.direct[leaf] = self.direct.get(leaf) or (
-                "" if cheap else f"it enters {name}{through}"
-            )
-
-
-def live(closed: Any) -> Any:
-    """The jaxpr of a traced function, without the equations its one output does not need."""
-    return partial_eval.dce_jaxpr(closed.jaxpr, [True], instantiate=True)[0]
-
-
-def _bind(eqn: Any, values: list[Any]) -> list[Any]:
-    out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def _moved(eqn: Any, values: list[Any], origins: list[Any], ours: list[int]) -> Weight | Mixed:
+def moved(eqn: Any, values: list[Any], origins: list[Any], ours: list[int]) -> Weight | Mixed:
     """Where the result of an equation comes from that no example enters."""
     name, weight = eqn.primitive.name, origins[ours[0]]
     simple = len(ours) == 1 and isinstance(weight, Weight)
@@ -199,7 +108,7 @@ def _moved(eqn: Any, values: list[Any], origins: list[Any], ours: list[int]) -> 
     return Mixed(frozenset().union(*leaves), name)
 
 
-def _kind(eqn: Any, origins: list[Any], ours: list[int]) -> Product | Convolution | Lookup | None:
+def kind_of(eqn: Any, origins: list[Any], ours: list[int]) -> Product | Convolution | Lookup | None:
     """How the one weight of an equation is used, if in a way whose gradient factorises."""
     name, at = eqn.primitive.name, ours[0]
     if len(ours) > 1 or not isinstance(origins[at], Weight) or len(origins) != 2:
@@ -225,7 +134,8 @@ def _kind(eqn: Any, origins: list[Any], ours: list[int]) -> Product | Convolutio
             *(tuple(p["lhs_dilation"]), tuple(p["rhs_dilation"]), p["feature_group_count"]),
         )
     if name == "gather" and at == 0:
-        return _lookup(eqn)
+        sliced = any(step[0] == "slice" for step in origins[0].history)
+        return None if sliced else _lookup(eqn)
     return None
 
 

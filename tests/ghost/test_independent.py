@@ -77,6 +77,12 @@ COUPLED = {
     "window": lambda x, w: each(
         jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (2, 1), (1, 1), "SAME")
     ),
+    "a reduction of one's own": lambda x, w: each(
+        x - jax.lax.reduce(x, 0.0, lambda a, b: jnp.sqrt(a * a + b * b), (0,))[None]
+    ),
+    "a window of one's own": lambda x, w: each(
+        jax.lax.reduce_window(x, 0.0, lambda a, b: jnp.sqrt(a * a + b * b), (3, 1), (1, 1), "SAME")
+    ),
     "reshaped across": lambda x, w: each(x.reshape(D, len(x)).T),
     "Fourier": lambda x, w: each(jnp.abs(jnp.fft.fft(x, axis=0))),
     "scan": lambda x, w: jax.lax.scan(lambda c, x: (c + x.sum(), c), 0.0, x)[1],
@@ -175,6 +181,12 @@ INDEPENDENT = {
     ),
     "vmap": lambda x, w: jax.vmap(lambda x: jnp.tanh(x @ w).max() - x.mean())(x),
     "vmap of a vmap": lambda x, w: each(jax.vmap(jax.vmap(lambda v: v * v))(x)),
+    "a reduction of one's own": lambda x, w: jax.lax.reduce(
+        x, 0.0, lambda a, b: jnp.sqrt(a * a + b * b), (1,)
+    ),
+    "a window of one's own": lambda x, w: each(
+        jax.lax.reduce_window(x, 0.0, lambda a, b: jnp.sqrt(a * a + b * b), (1, 3), (1, 1), "SAME")
+    ),
     "map": lambda x, w: jax.lax.map(lambda x: jnp.tanh(x @ w).max(), x),
     "map over pairs": lambda x, w: jax.lax.map(lambda i: (x[i] * x[i]).sum(), jnp.arange(len(x))),
     "map in pieces": lambda x, w: jax.lax.map(lambda x: (x @ w).max(), x, batch_size=2),

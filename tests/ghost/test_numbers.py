@@ -218,5 +218,5 @@ def test_products_of_other_batches(loss: Any, sizes: Any, positions: Any) -> Non
 
 def test_complex_parameters_are_refused() -> None:
     loss = lambda p, s, x: jnp.abs(x @ p["w"]).sum()  # noqa: E731
-    with pytest.raises(ValueError, match="parameters must be real, got one of complex64"):
+    with pytest.raises(ValueError, match="parameters must be real, got 'w' of complex64"):
         ghost.factors(loss, {"w": jnp.ones(6, jnp.complex64)}, {}, normal(B, 6))

@@ -157,9 +157,9 @@ def reader() -> Any:
 
 
 def looped() -> Any:
-    """One example at a time, for memory; what loops hide is made for each example."""
-    predict, params, data, _ = plain()
-    return lambda p, x: jax.lax.map(lambda x: predict(p, x[None])[0], x), params, data, set()
+    """One example at a time, for memory."""
+    predict, params, data, names = plain()
+    return lambda p, x: jax.lax.map(lambda x: predict(p, x[None])[0], x), params, data, names
 
 
 MAKERS = {m.__name__: m for m in (plain, listed, flax, attention, module, reader, looped)}
