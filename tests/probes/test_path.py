@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from references import ghost as reference
 from references import kept
 
 from dynamics import landscape, mesh
@@ -43,6 +44,7 @@ def walked(p: Any, results: Results, at: int, pair: int, labels: Any = None) -> 
     if labels is not None:
         everything = everything.replace(y=jnp.asarray(labels))
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(p.data))
+    train, evaluate = reference.jit(p.task.loss), reference.jit(p.task.evaluate)
     found: dict[str, list[Any]] = {"loss": [], "accuracy": []}
     for alpha in np.linspace(0, 1, POINTS):
         here = landscape.between(*ends, alpha)
@@ -50,8 +52,8 @@ def walked(p: Any, results: Results, at: int, pair: int, labels: Any = None) -> 
         for start in (0, 16, 32 % (len(order) - 16 + 1)) if jax.tree.leaves(extras) else ():
             rows = jnp.asarray(order[start : start + 16])
             key = jax.random.key(0)
-            _, (extras, _) = p.task.loss(here.params, extras, take(data, rows), key, {})
-        aux = p.task.evaluate(here.params, extras, everything, {})
+            _, (extras, _) = train(here.params, extras, take(data, rows), key, {})
+        aux = evaluate(here.params, extras, everything, {})
         found["loss"].append(aux.loss)
         correct = (aux.logits.argmax(axis=-1) == everything.y).astype(np.float32)
         found["accuracy"].append(correct.reshape(len(p.data), -1).mean(axis=1))
