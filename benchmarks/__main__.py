@@ -56,15 +56,16 @@ def main() -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         found = BENCHMARKS[name](options.quick)
         results += [dataclasses.replace(r, goal=None) for r in found] if options.quick else found
-        place = write(results, options.out, options.quick)
+        place = write(results, options.out, options.quick, options.names)
     print(table(results))
     print(f"\n{place}.json, {place}.md", file=sys.stderr)
 
 
-def write(results: list[Result], folder: Path, quick: bool) -> Path:
+def write(results: list[Result], folder: Path, quick: bool, names: list[str]) -> Path:
     """``<folder>/<date>-<hardware>`` as .json and .md, and its path without the ending."""
     about = {"quick": quick, "hardware": hardware(), "load": os.getloadavg()}
     about |= record.provenance({"devices": [str(d) for d in jax.devices()]})
+    about["command"] = ["python", "-m", "benchmarks", *names]
     rows = [dataclasses.asdict(result) | {"met": result.met} for result in results]
     folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", hardware().lower()).strip("-")
