@@ -226,6 +226,22 @@ def jackknife(
     return Estimate(value, value - half, value + half)
 
 
+def over_replicas(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard error f64[...] over the first axis of [R, ...], leaving out NaN.
+
+    The mean is NaN where nothing is left; the standard error, the root of the unbiased variance
+    over the number left, is NaN where fewer than two or an infinity are.
+    """
+    replicas = np.asarray(values, np.float64)
+    there = ~np.isnan(replicas)
+    count = there.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(there, replicas, 0.0).sum(axis=0) / count
+        squares = np.where(there, (replicas - mean) ** 2, 0.0).sum(axis=0)
+        error = np.sqrt(squares / np.where(count > 1, count - 1, np.nan) / count)
+    return mean, error
+
+
 def student_quantile(probability: float, dof: int) -> float:
     """The t of P(T <= t) = probability, for Student's T with ``dof`` degrees of freedom.
 

@@ -2,9 +2,10 @@
 
 Writes OUT/scores.npz and .parquet: a row for each training example in the order of the dataset,
 with ``index`` (its place in the file), ``label`` as trained on, and for each score its mean over
-the runs that did not diverge, ``<score>``, and the standard error of that mean, ``<score>_se`` (nan
-for one run). With --keep also OUT/subset.npz and .parquet, the rows that are kept. The .json beside
-them names the run, its config, the hash of the data, and how the subset was chosen.
+the runs that did not diverge and saw the example, ``<score>``, and the standard error of that mean,
+``<score>_se`` (nan for one run). With --keep also OUT/subset.npz and .parquet, the rows that are
+kept. The .json beside them names the run, its config, the hash of the data, and how the subset was
+chosen.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dynamics import record, scores
+from dynamics import record, scores, statistics
 
 HARD = ", ".join(f"{name} ({end})" for name, end in scores.HARD.items())
 
@@ -84,11 +85,8 @@ def table(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[st
             continue
         if not (len(whole) == len(value) and whole.any()):
             raise ValueError(f"no run of {name} is left that did not diverge")
-        good = value[whole].astype(np.float64)
-        columns[name] = means[name] = good.mean(axis=0)
-        with np.errstate(invalid="ignore"):  # inf - inf, of what no run ever learned
-            spread = good.std(axis=0, ddof=1) if len(good) > 1 else np.full(n, np.nan)
-        columns[f"{name}_se"] = spread / np.sqrt(len(good))
+        means[name], error = statistics.over_replicas(value[whole])
+        columns |= {name: means[name], f"{name}_se": error}
     return columns, means
 
 

@@ -93,9 +93,8 @@ def label(name: str) -> str:
 
 def average(replicas: np.ndarray) -> np.ndarray:
     """f64[...] of [R, ...]: the mean of those that are numbers, infinity where none is."""
-    there = ~np.isnan(replicas)
-    total = np.where(there, replicas, 0.0).sum(axis=0)
-    return np.where(there.any(axis=0), total / np.maximum(there.sum(axis=0), 1), np.inf)
+    mean, _ = statistics.over_replicas(replicas)
+    return np.where(np.isnan(mean), np.inf, mean)
 
 
 def parts(replicas: np.ndarray, count: int) -> np.ndarray:

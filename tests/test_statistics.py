@@ -254,3 +254,24 @@ def test_a_claim_holds_by_its_effect_alone():
 def test_jax_is_not_imported():
     code = "import sys, dynamics.statistics; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- averages over replicas ---------------------------------------------------------------------
+
+
+def test_averages_over_replicas_leave_out_what_is_missing():
+    nan, inf = np.nan, np.inf
+    values = [[1.0, nan, nan, 4.0, 5.0], [3.0, 2.0, nan, inf, 5.0], [8.0, 6.0, nan, 1.0, 5.0]]
+    mean, error = statistics.over_replicas(values)
+    np.testing.assert_allclose(mean, [4.0, 4.0, nan, inf, 5.0])
+    np.testing.assert_allclose(error, [np.sqrt(13 / 3), np.sqrt(8 / 2), nan, nan, 0.0])
+    one, unknown = statistics.over_replicas([[2.0, nan]])
+    np.testing.assert_array_equal(one, [2.0, nan])
+    assert np.isnan(unknown).all()
+
+
+def test_the_standard_error_is_that_of_scipy():
+    values = np.random.default_rng(0).normal(size=(7, 3, 5))
+    mean, error = statistics.over_replicas(values)
+    np.testing.assert_allclose(mean, values.mean(axis=0))
+    np.testing.assert_allclose(error, scipy.stats.sem(values, axis=0))

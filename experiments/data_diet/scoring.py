@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dynamics import config as configs
-from dynamics import optim, record, scores
+from dynamics import optim, record, scores, statistics
 from dynamics.data import corrupt
 from dynamics.data.sources import Splits
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, VarianceOfGradients
@@ -156,12 +156,11 @@ def mean(arrays: Arrays, name: str) -> np.ndarray:
     hardest = np.inf if scores.HARD[name.partition("@")[0]] == "high" else -np.inf
     if arrays[name].ndim == 1:
         return arrays[name].astype(np.float64)
-    whole = arrays[name][np.isinf(arrays["diverged"])].astype(np.float64)
+    whole = arrays[name][np.isinf(arrays["diverged"])]
     if not len(whole):
         return np.zeros(arrays[name].shape[1])
-    seen = ~np.isnan(whole)
-    total = np.where(seen, whole, 0).sum(axis=0)
-    return np.where(seen.any(axis=0), total / np.maximum(seen.sum(axis=0), 1), hardest)
+    average, _ = statistics.over_replicas(whole)
+    return np.where(np.isnan(average), hardest, average)
 
 
 def chosen(
