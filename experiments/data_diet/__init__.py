@@ -13,7 +13,6 @@ initialisation by Kirsch 2023, arXiv 2303.14753.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -156,18 +155,36 @@ STUDIES: dict[type, Callable[[Job], list[Table]]] = {
 
 def _check(points: Sequence[Config], data: Splits, mesh: Mesh | None) -> None:
     """ValueError before anything is computed."""
-    config, study = points[0], points[0].study
+    config, study, n = points[0], points[0].study, len(data.train)
     kept = min(getattr(study, "fractions", (getattr(study, "kept", 1.0),)))
-    members = _members(study)
+    members = _members(config)
     for count in (config.score.replicas, *([members] if members else [])):
         training.check(config.train, data, mesh, len(points) * count, kept)
+    steps = [training.steps(config.train, data, epoch) for epoch in config.score.epochs]
+    if len(set(steps)) < len(steps) or not steps[-1]:
+        raise ValueError(
+            f"score.epochs must be at least a step apart, got {config.score.epochs}, which are the "
+            f"steps {steps} of {n // config.train.batch_size} an epoch"
+        )
+    most = {Connectivity: n // 2, Velocity: n}.get(type(study), n)
+    if getattr(study, "examples", 1) > most:
+        raise ValueError(
+            f"study.examples must be at most {most} of {n}, got {study.examples}"  # pyright: ignore
+        )
+    if isinstance(study, Rescoring):
+        rescoring.choices(config.train, study, data)
 
 
-def _members(study: Any) -> int:
+def _members(config: Config) -> int:
     """The replicas that a point of the study trains together, beside those that score."""
-    match study:
+    match study := config.study:
         case Pruning():
             return (1 + len(study.methods) * len(study.fractions)) * study.replicas
+        case Timing():
+            streamed = len({"forgetting", "aum"} & set(study.methods))  # not before training
+            epochs = config.score.epochs
+            pairs = len(study.methods) * len(epochs) - streamed * (0.0 in epochs)
+            return (2 + pairs) * study.replicas
         case Window():
             return (3 + len(study.dropped)) * study.replicas
         case Transfer() | Rescoring():

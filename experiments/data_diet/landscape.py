@@ -86,8 +86,6 @@ def connect(job: Job) -> list[Table]:
 def _extremes(point: Config, bank: scoring.Arrays, study: Connectivity) -> dict[str, np.ndarray]:
     """The hardest, the easiest, and random examples."""
     mean, m = scoring.mean(bank, f"el2n@{study.scored_at:g}"), study.examples
-    if 2 * m > len(mean):
-        raise ValueError(f"study.examples must be at most half of {len(mean)}, got {m}")
     return {
         "high": scores.keep(mean, m, "highest", seed=point.seed),
         "low": scores.keep(mean, m, "lowest", seed=point.seed),
@@ -128,8 +126,6 @@ def turn(job: Job) -> list[Table]:
     points, data, banks, study = job.points, job.data, job.banks(), job.points[0].study
     assert isinstance(study, Velocity)
     r, m, n = study.replicas, study.examples, len(data.train)
-    if m > n:
-        raise ValueError(f"study.examples must be at most {n}, got {m}")
     starts = np.round(np.linspace(0, n - m, study.groups)).astype(int)
     means = [scoring.mean(bank, f"el2n@{study.scored_at:g}") for bank in banks]
     groups = np.array(

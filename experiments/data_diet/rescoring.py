@@ -12,6 +12,7 @@ import numpy as np
 
 from dynamics import scores
 from dynamics.data.sources import Splits
+from dynamics.optim import Train
 from dynamics.probes import Evaluate, Score
 from dynamics.record import Table
 from dynamics.types import Results
@@ -34,7 +35,7 @@ def rescore(job: Job) -> list[Table]:
     study, n = points[0].study, len(data.train)
     assert isinstance(study, Rescoring)
     first, r = points[0], study.replicas
-    bounds = _bounds(first, study, data)
+    bounds = choices(first.train, study, data)
     net = training.net_of(first.model, data)
     roots = training.keys(job.seeds, r, training.RETRAINING)
     roots = jax.numpy.repeat(roots.reshape(len(points), 1, r), len(METHODS), axis=1).reshape(-1)
@@ -65,12 +66,19 @@ def rescore(job: Job) -> list[Table]:
     return _tables(tables, banks, points, r)
 
 
-def _bounds(point: Config, study: Rescoring, data: Splits) -> list[int]:
-    """The steps after which subsets are chosen, and the last step."""
-    total = training.steps(point.train, data, study.epochs)
-    warm, every = (training.steps(point.train, data, e) for e in (study.warmup, study.every))
-    if min(warm, every) < 1:
-        raise ValueError("study.warmup and study.every must be at least a step long")
+def choices(train: Train, study: Rescoring, data: Splits) -> list[int]:
+    """The steps after which subsets are chosen, and the last step.
+
+    ValueError: choices that are no step apart.
+    """
+    spans = (study.epochs, study.warmup, study.every)
+    total, warm, every = (training.steps(train, data, epochs) for epochs in spans)
+    if min(warm, every) < 1 or warm >= total:
+        raise ValueError(
+            "study.warmup, study.every and what follows the warm-up must be at least a step long, "
+            f"got {study.warmup:g}, {study.every:g} and {study.epochs - study.warmup:g} epochs of "
+            f"{len(data.train) // train.batch_size} steps"
+        )
     return [*range(warm, total, every), total]
 
 

@@ -318,6 +318,44 @@ def test_impossible_studies_are_refused(change: Any, message: str) -> None:
         configs.override(TINY, change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score.epochs": (0.0, 0.01, 1.0)}, "score.epochs must be at least a step apart"),
+        ({"study": Connectivity(examples=101, scored_at=1.0)}, "at most 100 of 200, got 101"),
+        ({"study": Velocity(examples=201, scored_at=1.0)}, "at most 200 of 200, got 201"),
+        ({"study": Rescoring(every=0.01)}, "at least a step long"),
+        ({"study": Rescoring(warmup=1.0, epochs=1.01)}, "at least a step long"),
+    ],
+)
+def test_what_does_not_fit_the_data_is_refused_before_anything_is_trained(
+    change: Any, message: str, data: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(training, "train", None)
+    with pytest.raises(ValueError, match=message):
+        data_diet.run(configs.override(TINY, change), data)
+
+
+@pytest.mark.parametrize("study", [0, 1, 2, 5, 6, 7])
+def test_the_mesh_is_checked_for_what_a_study_trains(
+    study: int, data: Any, monkeypatch: Any
+) -> None:
+    """The number of replicas told beforehand is that of the largest training, or divides it."""
+    config = dataclasses.replace(TINY, study=STUDIES[study])
+    trained = []
+    train = training.train
+
+    def counted(settings: Any, roots: Any, *args: Any, **options: Any) -> Any:
+        trained.append(len(roots))
+        return train(settings, roots, *args, **options)
+
+    monkeypatch.setattr(training, "train", counted)
+    data_diet.run(config, data)
+    assert max(trained[1:]) % data_diet._members(config) == 0
+    if not isinstance(config.study, Connectivity):  # whose children are two
+        assert max(trained[1:]) == data_diet._members(config)
+
+
 @pytest.mark.parametrize("fractions", [(), (0.2, 0.2), (1.0,), (0.0,)])
 def test_impossible_fractions_are_refused(fractions: Any) -> None:
     with pytest.raises(ValueError, match="fractions"):
