@@ -19,7 +19,7 @@ from dynamics import population, step
 from dynamics.checkpoint import CheckpointError, Checkpoints
 from dynamics.chunk import IN_FLIGHT, Chunk
 from dynamics.record import Recorder
-from dynamics.types import NEVER, Probe, Results, Stream, Task, TrainState
+from dynamics.types import NEVER, Probe, Results, Revision, Stream, Task, TrainState
 from dynamics.watch import Watch, next_due
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def fit(
     mesh: Mesh,
     *,
     probes: Sequence[Probe] = (),
+    revision: Revision | None = None,
     store: Recorder | None = None,
     rules: meshes.Rules = meshes.TENSOR_PARALLEL,
     how: population.How | None = None,
@@ -90,12 +91,14 @@ def fit(
     On a GPU the bits are equal with XLA_FLAGS=--xla_gpu_deterministic_ops=true. Rows are also kept
     in memory, steps / record_every x K of them.
 
+    A ``revision`` changes what the batches are made from (the stream's ``own``) while training.
+
     ``how`` overrides ``population.choose``. The state passed in stays valid. Cost: one gradient
     evaluation of the batch for each step and replica; the task's loss is traced twice. ValueError,
     before anything is compiled, for sizes that don't fit together.
     """
     meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
-    _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every)
+    _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every, revision)
     checkpoints = Checkpoints(store.path) if store is not None else None
     saving = nullcontext() if checkpoints is None else closing(checkpoints)  # whatever happens
     with saving, _terminated(listen=store is not None) as terminated:
@@ -103,7 +106,8 @@ def fit(
             task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate
         )
         state = jax.jit(lambda tree: tree, out_shardings=chunk.where)(state)
-        watch, book = Watch(probes, state, mesh, chunk.how), _Book(store, record_every)
+        watch = Watch(probes, state, mesh, chunk.how, revision, chunk.own)
+        book = _Book(store, record_every)
         found = checkpoints.restore((state, watch.carries)) if checkpoints is not None else None
         if found is not None:
             before, ((state, watch.carries), position) = state, found
@@ -112,6 +116,8 @@ def fit(
         if done > num_steps:
             raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
         book.resume(position if found is not None else None)
+        if revision is not None:
+            chunk.own = watch.own
         saved = done if found is not None else None
         if found is None:
             book.measured(done, watch.measure(state, done, num_steps))
@@ -124,6 +130,9 @@ def fit(
             watch.fold(aux, done - first)
             book.trained(first, done, metrics)
             book.measured(done, watch.measure(state, done, num_steps))
+            if (revised := watch.revise(state, done)) is not None:
+                chunk.own = watch.own
+                book.measured(done, revised)
             if not pace.known or not chunk.in_flight:
                 book.settle()  # to know how long a step takes before more are dispatched
             pace.tick(book.fetched, book.loss)
@@ -163,8 +172,14 @@ def _check(
     accumulate: int,
     checkpoint_every: int | None,
     record_every: int,
+    revision: Revision | None,
 ) -> None:
     k = len(state.step)
+    if revision is not None and stream.host is not None:
+        raise ValueError(
+            f"revision {revision.name!r} needs data that lie on the device, this stream reads them "
+            "from the host: use data.stream.resident"
+        )
     if jax.process_count() > 1:
         raise ValueError(
             f"fit runs in one process, this one is of {jax.process_count()}: start it alone"
@@ -183,11 +198,12 @@ def _check(
         "checkpoint_every": 1 if checkpoint_every is None else checkpoint_every,
         "record_every": record_every,
     }
-    counts |= {f"every of probe {p.name!r}": p.every for p in probes if isinstance(p.every, int)}
+    watching = [*probes, *([revision] if revision is not None else [])]
+    counts |= {f"every of {p.name!r}": p.every for p in watching if isinstance(p.every, int)}
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name} must be a positive number of steps, got {value}")
-    names = [probe.name for probe in probes]
+    names = [one.name for one in watching]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"two probes are named {twice[0]!r}: names must differ")
 

@@ -67,6 +67,18 @@ class Aux:
     scalars: dict[str, Leaf] = struct.field(default_factory=dict)  # recorded as rows
 
 
+@struct.dataclass
+class Written:
+    """Rows of a table in ``extras`` that a step writes: in their place, if the step counts.
+
+    A task whose state has a row for each example returns this instead of the table, so that a
+    step moves the rows of its batch and never the table.
+    """
+
+    index: Leaf  # i32[b], no row twice
+    rows: Leaf  # [b ...]
+
+
 class Task(NamedTuple):
     """A model and a loss as three pure functions of one replica."""
 
@@ -145,6 +157,29 @@ class StateProbe(Protocol):
 
 
 Probe = StepProbe | StateProbe
+
+
+@runtime_checkable
+class Revision(Protocol):
+    """Changes what a run is trained on while it trains: its labels, or which of its examples.
+
+    It runs on the host at the cadence ``every`` (never at step 0), after the probes, and sees the
+    state without changing it. What it returns as ``own`` is what the batches of the following steps
+    are made from; with its carry, whose leaves are [K, ...] too, it is in every checkpoint.
+    """
+
+    name: str
+    every: int | Collection[int]
+
+    def start(self, own: PyTree, state: TrainState, each: Each) -> PyTree:
+        """The carry before the first step, from the stream's ``own``."""
+        ...
+
+    def revise(
+        self, carry: PyTree, own: PyTree, state: TrainState, each: Each
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        """The new carry, the new ``own`` of the same shapes, and metrics as a StateProbe's."""
+        ...
 
 
 class Results(NamedTuple):

@@ -10,16 +10,26 @@ from jax.sharding import Mesh
 
 from dynamics import mesh as meshes
 from dynamics import population
-from dynamics.types import NEVER, Aux, Probe, PyTree, StepProbe, TrainState
+from dynamics.types import NEVER, Aux, Probe, PyTree, Revision, StepProbe, TrainState
 
 
 class Watch:
-    """The probes of a run: their carries, their cadences, their metrics."""
+    """The probes of a run, and the revision of its data: their carries, cadences, metrics."""
 
-    def __init__(self, probes: Sequence[Probe], state: TrainState, mesh: Mesh, how: population.How):
-        """Starts every probe on the state before the first step."""
+    def __init__(
+        self,
+        probes: Sequence[Probe],
+        state: TrainState,
+        mesh: Mesh,
+        how: population.How,
+        revision: Revision | None = None,
+        own: PyTree = None,
+    ):
+        """Starts every probe on the state before the first step, the revision on the data too."""
         self._probes = {probe.name: probe for probe in probes}
+        self._revision = revision
         self._each = each_replica(mesh, how)
+        self._lies = meshes.over_replicas(mesh)
         self._folds: dict[str, Fold] = {}
         self._metrics: dict[str, dict[str, jax.Array]] = {}
         self.carries: dict[str, Any] = {}
@@ -29,10 +39,32 @@ class Watch:
                 self.carries[name] = self._folds[name].init(state)
             else:
                 self.carries[name] = probe.start(state, self._each)
+        if revision is not None:
+            begun = (revision.start(own, state, self._each), own)
+            self.carries[revision.name] = jax.device_put(begun, self._lies)
 
     def next(self, done: int) -> int:
-        """The first step after ``done`` at which some probe measures."""
-        return min((next_due(p.every, done) for p in self._probes.values()), default=NEVER)
+        """The first step after ``done`` at which something is measured or revised."""
+        watching = [*self._probes.values(), *([self._revision] if self._revision else [])]
+        return min((next_due(one.every, done) for one in watching), default=NEVER)
+
+    @property
+    def own(self) -> PyTree:
+        """What the batches of the next step are made from, as it was last revised."""
+        assert self._revision is not None
+        return self.carries[self._revision.name][1]
+
+    def revise(self, state: TrainState, done: int) -> dict[str, jax.Array] | None:
+        """Revise the data if that is due after ``done`` steps: its metrics, else None."""
+        revision = self._revision
+        if revision is None or not done or next_due(revision.every, done - 1) != done:
+            return None
+        carry, before = self.carries[revision.name]
+        carry, own, metrics = revision.revise(carry, before, state, self._each)
+        if (was := _shapes(before)) != (now := _shapes(own)):
+            raise ValueError(f"revision {revision.name!r} must keep the shapes {was}, got {now}")
+        self.carries[revision.name] = jax.device_put((carry, own), self._lies)
+        return {f"{revision.name}.{metric}": value for metric, value in metrics.items()}
 
     def fold(self, aux: Aux, count: int) -> None:
         """Show the steps of a chunk to the probes that read them."""
@@ -56,6 +88,10 @@ class Watch:
                 metrics = {k: jnp.copy(v) if id(v) in given else v for k, v in metrics.items()}
             found |= {f"{name}.{metric}": value for metric, value in metrics.items()}
         return found
+
+
+def _shapes(own: PyTree) -> str:
+    return str(jax.tree.map(lambda x: f"{x.dtype}{x.shape}", own))
 
 
 def next_due(every: int | Collection[int], done: int) -> int:

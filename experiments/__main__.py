@@ -57,7 +57,7 @@ class Refused(Exception):
 def main(argv: Sequence[str]) -> int:
     """Carry out a command; the exit status: 0 done, 2 refused."""
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
-    names = [n for n in names if n not in ("__main__", "progress", "launch", "export")]
+    names = [n for n in names if n not in ("__main__", "progress", "launch", "export", "training")]
     usage = USAGE.format(names=", ".join(names))
     if argv[:1] == ["export"]:
         return export.main(argv[1:])

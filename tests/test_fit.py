@@ -217,7 +217,7 @@ GOLDEN = [1.1983175, 1.3690051, 0.9165092, 0.7086844]
         ({"accumulate": 3}, "accumulate must divide the batch size 8, got 3"),
         ({"checkpoint_every": 0}, "checkpoint_every must be a positive number of steps, got 0"),
         ({"record_every": -1}, "record_every must be a positive number of steps, got -1"),
-        ({"probes": (Seen(40, 0),)}, "every of probe 'seen' must be a positive number"),
+        ({"probes": (Seen(40, 0),)}, "every of 'seen' must be a positive number"),
         ({"probes": (Seen(40), Seen(40))}, "two probes are named 'seen'"),
     ],
 )

@@ -22,7 +22,8 @@ from dynamics.data import load as load_data
 from dynamics.data import sources
 from dynamics.data.sources import Splits
 from dynamics.record import Recorder, Table
-from experiments.data_diet import landscape, rescoring, retraining, scoring, training
+from experiments import training
+from experiments.data_diet import landscape, rescoring, retraining, scoring
 from experiments.data_diet.config import (
     Config,
     Connectivity,

@@ -12,7 +12,8 @@ from dynamics.probes import KernelVelocity, Path
 from dynamics.probes.path import alphas, whole
 from dynamics.record import Table
 from dynamics.types import TrainState
-from experiments.data_diet import scoring, training
+from experiments import training
+from experiments.data_diet import scoring
 from experiments.data_diet.config import Config, Connectivity, Velocity
 from experiments.data_diet.retraining import SHARED
 from experiments.data_diet.scoring import Job
@@ -58,11 +59,11 @@ def connect(job: Job) -> list[Table]:
         found = {m: whole(results.arrays[f"path.{m}@{total}"]) for m in ("accuracy", "loss")}
         return found | {"diverged": results.arrays["diverged"].reshape(2, -1).min(axis=0)}
 
-    other = [training.keys(seeds, r, purpose) for purpose in (training.CHILD, training.OTHER)]
+    other = [training.keys(seeds, r, purpose) for purpose in (scoring.CHILD, scoring.OTHER)]
     found: list[tuple[float, dict[str, np.ndarray]]] = []
     if study.independent:
         found.append((np.nan, children(None, jnp.concatenate(other), "independent")))
-    parent, roots = None, training.keys(seeds, r, training.RETRAINING)
+    parent, roots = None, training.keys(seeds, r, scoring.RETRAINING)
     for epoch in sorted(study.spawn):
         step = training.steps(settings[0], data, epoch)
         parent = training.train(
@@ -134,7 +135,7 @@ def turn(job: Job) -> list[Table]:
     net = training.net_of(points[0].model, data)
     epochs = {training.steps(job.settings[0], data, e): e for e in range(study.epochs + 1)}
     results = training.train(
-        *(job.settings, training.keys(job.seeds, r, training.RETRAINING), net, data.train),
+        *(job.settings, training.keys(job.seeds, r, scoring.RETRAINING), net, data.train),
         *(max(epochs), job.mesh, job.recorder),
         name="velocity",
         probes=[KernelVelocity(net, data.train, np.repeat(groups, r, axis=0), tuple(epochs))],
@@ -169,6 +170,6 @@ def turn(job: Job) -> list[Table]:
 
 def _groups(mean: np.ndarray, starts: np.ndarray, size: int, seed: int) -> np.ndarray:
     """Rows of the groups in the order of the score, then of those in a random order."""
-    draw = np.random.Generator(np.random.PCG64([seed, training.RANDOM]))
+    draw = np.random.Generator(np.random.PCG64([seed, scoring.RANDOM]))
     orders = (np.argsort(mean, kind="stable"), draw.permutation(len(mean)))
     return np.array([order[s : s + size] for order in orders for s in starts])

@@ -16,7 +16,8 @@ from dynamics.optim import Train
 from dynamics.probes import Evaluate, Score
 from dynamics.record import Table
 from dynamics.types import Results
-from experiments.data_diet import training
+from experiments import training
+from experiments.data_diet import scoring
 from experiments.data_diet.config import Config, Rescoring
 from experiments.data_diet.retraining import SHARED
 from experiments.data_diet.scoring import Job
@@ -37,7 +38,7 @@ def rescore(job: Job) -> list[Table]:
     first, r = points[0], study.replicas
     bounds = choices(first.train, study, data)
     net = training.net_of(first.model, data)
-    roots = training.keys(job.seeds, r, training.RETRAINING)
+    roots = training.keys(job.seeds, r, scoring.RETRAINING)
     roots = jax.numpy.repeat(roots.reshape(len(points), 1, r), len(METHODS), axis=1).reshape(-1)
     labels = np.repeat([bank["labels"] for bank in banks], len(METHODS) * r, axis=0)
     count, members = round(study.kept * n), len(points) * len(METHODS) * r
@@ -94,7 +95,7 @@ def _choose(
         if method == "full" or (i > 0 and method in ("random", "once")):
             continue
         if method in ("random", "random_again"):
-            draw = np.random.SeedSequence([seed, training.RANDOM, replica, i]).generate_state(1)[0]
+            draw = np.random.SeedSequence([seed, scoring.RANDOM, replica, i]).generate_state(1)[0]
             kept = scores.random(n, count, seed=int(draw))
         else:
             own = el2n[k] if np.isfinite(el2n[k]).all() else np.zeros(n)

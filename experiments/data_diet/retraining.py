@@ -2,18 +2,34 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from dynamics import scores
-from dynamics.record import Table
-from experiments.data_diet import scoring, training
+from dynamics.data.sources import Splits
+from dynamics.optim import Train
+from dynamics.probes import Evaluate
+from dynamics.record import Recorder, Table
+from dynamics.types import Task
+from experiments import training
+from experiments.data_diet import scoring
 from experiments.data_diet.config import Config, Pruning, Timing, Transfer, Window
 from experiments.data_diet.scoring import Arrays, Job
-from experiments.data_diet.training import Subset
 
 SHARED = ("input_norm", "index", "labels", "mislabelled", "diverged")
+
+
+class Subset(NamedTuple):
+    """What is trained on: the columns that name it, and its rows for each paired seed."""
+
+    columns: dict[str, Any]
+    rows: list[np.ndarray]
+
+
 Choose = Callable[[Config, Arrays], list[Subset]]
 
 
@@ -114,7 +130,7 @@ def transfer(job: Job) -> list[Table]:
     banks = {name: job._replace(points=changed).banks() for name, changed in settings.items()}
     tables: list[list[dict]] = [[] for _ in job.points]
     for target, changed in settings.items():
-        rows = training.retrained(
+        rows = retrained(
             *([point.train for point in changed], job.seeds),
             training.net_of(changed[0].model, data),
             [_sources(point, target, banks, p) for p, point in enumerate(job.points)],
@@ -166,7 +182,7 @@ def _retrained(job: Job, choose: Choose, keep: Callable[[Config, Arrays], Arrays
     assert isinstance(study, Pruning | Timing | Window)
     subsets = [choose(point, bank) for point, bank in zip(job.points, banks, strict=True)]
     net = training.net_of(job.points[0].model, job.data)
-    rows = training.retrained(
+    rows = retrained(
         *(job.settings, job.seeds, net, subsets, banks, job.data),
         *(study.epochs, job.mesh, job.recorder),
     )
@@ -200,3 +216,59 @@ def _subset(
     ]
     named = columns if "source" in columns else {"method": method} | columns
     return Subset(named, rows)
+
+
+def retrained(
+    settings: Sequence[Train],
+    seeds: Sequence[int],
+    net: Task,
+    subsets: Sequence[Sequence[Subset]],
+    banks: Sequence[dict[str, np.ndarray]],
+    data: Splits,
+    epochs: float,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+    name: str = "retrain",
+) -> list[dict[str, np.ndarray]]:
+    """Train every subset of every point from scratch, with seeds paired across subsets.
+
+    ``banks`` are the points' scores. Rows of each point: the subsets' columns, ``kept``, ``rarest``
+    (examples of the class that has fewest left), ``wrong`` (the part whose labels are wrong),
+    ``replica``, and of the last epoch ``test_accuracy`` (0..1) and ``test_loss`` (nats), NaN where
+    the run ``diverged``.
+    """
+    labels = [bank["labels"] for bank in banks]
+    r, s, n = len(subsets[0][0].rows), len(subsets[0]), len(data.train)
+    num_steps = max(1, training.steps(settings[0], data, epochs))
+    rows = np.zeros((len(settings), s, r, n), np.int32)
+    sizes = np.zeros((len(settings), s, r), np.int32)
+    for p, mine in enumerate(subsets):
+        for i, subset in enumerate(mine):
+            for seed, kept in enumerate(subset.rows):
+                rows[p, i, seed, : len(kept)], sizes[p, i, seed] = kept, len(kept)
+    roots = training.keys(seeds, r, scoring.RETRAINING).reshape(len(settings), 1, r)
+    results = training.train(
+        *(settings, jax.numpy.repeat(roots, s, axis=1).reshape(-1), net, data.train),
+        *(num_steps, mesh, recorder),
+        name=name,
+        probes=[Evaluate(net, data.test, (num_steps,))],
+        labels=np.repeat(labels, s * r, axis=0),
+        rows=rows.reshape(-1, n),
+        sizes=sizes.reshape(-1),
+    )
+    tested = training.tested_at(results, num_steps)
+    tables = []
+    for p, mine in enumerate(subsets):
+        here = slice(p * s * r, (p + 1) * s * r)
+        classes = [
+            np.bincount(labels[p][k], minlength=data.num_classes) for m in mine for k in m.rows
+        ]
+        columns = {name: np.repeat([m.columns[name] for m in mine], r) for name in mine[0].columns}
+        columns |= {
+            "kept": sizes[p].reshape(-1),
+            "rarest": np.array([counts.min() for counts in classes]),
+            "wrong": np.array([banks[p]["mislabelled"][k].mean() for m in mine for k in m.rows]),
+            "replica": np.tile(np.arange(r), s),
+        }
+        tables.append(columns | {name: values[here] for name, values in tested.items()})
+    return tables

@@ -15,8 +15,10 @@ from dynamics.data.sources import Splits
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, VarianceOfGradients
 from dynamics.record import Recorder, Table
 from dynamics.types import Batch, Task, TrainState
-from experiments.data_diet import training
+from experiments import training
 from experiments.data_diet.config import Config, Method, ScoringConfig, scoring_part
+
+SCORING, RETRAINING, RANDOM, CHILD, OTHER = range(5)  # purposes of the seed
 
 Arrays = dict[str, np.ndarray]
 Scored = Callable[[Sequence[ScoringConfig]], list[Arrays]]
@@ -110,7 +112,7 @@ def compute(
     if "vog" in first.score.also:
         probes.append(VarianceOfGradients(net, data.train, trained, labels=labels))
     settings = [point.train for point in points]
-    roots = training.keys([point.seed for point in points], r, training.SCORING)
+    roots = training.keys([point.seed for point in points], r, SCORING)
     run = (settings, roots, net)
     horizon = training.steps(first.train, data, first.score.horizon) or when[-1]
     results = training.train(
@@ -177,7 +179,7 @@ def chosen(
     """The rows that a method keeps; the random subset is drawn anew for each paired seed."""
     labels = arrays["labels"] if balanced else None
     if method == "random":
-        draw = np.random.SeedSequence([seed, training.RANDOM, replica]).generate_state(1)[0]
+        draw = np.random.SeedSequence([seed, RANDOM, replica]).generate_state(1)[0]
         return scores.random(len(arrays["index"]), count, labels=labels, seed=int(draw))
     if method == "coverage":
         return scores.coverage_centric(

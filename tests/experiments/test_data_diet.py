@@ -12,7 +12,7 @@ from dynamics import record, scores, statistics
 from dynamics.data import DataConfig
 from dynamics.models import MLP
 from dynamics.optim import Train
-from experiments import data_diet
+from experiments import data_diet, training
 from experiments.data_diet import (
     Config,
     Connectivity,
@@ -25,7 +25,6 @@ from experiments.data_diet import (
     Velocity,
     Window,
     scoring,
-    training,
 )
 
 METHODS = Pruning().methods
@@ -71,10 +70,10 @@ def test_the_table(table: record.Table) -> None:
 def test_seeds_are_paired(table: record.Table) -> None:
     """Replica r of every subset starts from the same network in the same order of batches: two
     subsets that are the same set of examples end in the same accuracy."""
-    keys = training.keys([0], 3, training.RETRAINING)
-    again = training.keys([0], 2, training.RETRAINING)
+    keys = training.keys([0], 3, scoring.RETRAINING)
+    again = training.keys([0], 2, scoring.RETRAINING)
     assert (keys[:2] == again).all()  # a replica does not depend on how many there are
-    assert not (training.keys([1], 2, training.RETRAINING) == again).any()
+    assert not (training.keys([1], 2, scoring.RETRAINING) == again).any()
     config = dataclasses.replace(
         TINY, study=Pruning(fractions=(0.995,), methods=("random",), replicas=2, epochs=2.0,
                             scored_at=1.0)

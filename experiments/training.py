@@ -1,8 +1,8 @@
-"""Populations of runs of a study's points, through the one step."""
+"""Populations of runs of an experiment's points, through the one step."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,19 +14,10 @@ from dynamics.data import augment
 from dynamics.data.sources import Splits
 from dynamics.data.stream import stream
 from dynamics.optim import Train
-from dynamics.probes import Evaluate
 from dynamics.record import Recorder
-from dynamics.types import Dataset, Results, Task, TrainState
+from dynamics.types import Dataset, Results, Revision, Task, TrainState
 
-SCORING, RETRAINING, RANDOM, CHILD, OTHER = range(5)  # purposes of the seed
 ROWS = 500  # of the training loss that are kept of a long run, about
-
-
-class Subset(NamedTuple):
-    """What is trained on: the columns that name it, and its rows for each paired seed."""
-
-    columns: dict[str, Any]
-    rows: list[np.ndarray]
 
 
 def net_of(model: models.Model, data: Splits) -> Task:
@@ -59,21 +50,23 @@ def train(
     name: str,
     total: int | None = None,
     start: TrainState | None = None,
+    scalars: Mapping[str, Any] | None = None,
     probes: Sequence[Any] = (),
+    revision: Revision | None = None,
     **subset: Any,
 ) -> Results:
     """Train a replica for each of ``roots`` [P * members], ``members`` for each of ``settings``.
 
-    From ``start`` if given, with schedules over ``total`` steps. ``subset`` are a stream's rows,
-    sizes and labels.
+    From ``start`` if given, with schedules over ``total`` steps. ``scalars`` are hyperparameters of
+    the task, one number or one for each replica. ``subset`` are a stream's rows, sizes and labels.
     """
     first, members = settings[0], len(roots) // len(settings)
     optimizer = optim.make(first, total or num_steps)
-    scalars = [optim.hyperparameters(setting) for setting in settings]
+    own = [optim.hyperparameters(setting) for setting in settings]
     mesh = mesh or meshes.for_population(len(roots))
     if start is None:
-        hyperparameters = {k: np.repeat([s[k] for s in scalars], members) for k in scalars[0]}
-        state = fit.init(net, optimizer, roots, hyperparameters, mesh)
+        hyperparameters = {k: np.repeat([one[k] for one in own], members) for k in own[0]}
+        state = fit.init(net, optimizer, roots, hyperparameters | dict(scalars or {}), mesh)
     else:
         again = dataclasses.replace(start, key=roots)
         state = jax.device_put(again, meshes.over_replicas(mesh))
@@ -82,66 +75,11 @@ def train(
     return fit.fit(
         *(net, optimizer, state, batches, num_steps, mesh),
         probes=probes,
+        revision=revision,
         store=recorder,
         name=name,
         record_every=max(1, num_steps // ROWS),
     )
-
-
-def retrained(
-    settings: Sequence[Train],
-    seeds: Sequence[int],
-    net: Task,
-    subsets: Sequence[Sequence[Subset]],
-    banks: Sequence[dict[str, np.ndarray]],
-    data: Splits,
-    epochs: float,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-    name: str = "retrain",
-) -> list[dict[str, np.ndarray]]:
-    """Train every subset of every point from scratch, with seeds paired across subsets.
-
-    ``banks`` are the points' scores. Rows of each point: the subsets' columns, ``kept``, ``rarest``
-    (examples of the class that has fewest left), ``wrong`` (the part whose labels are wrong),
-    ``replica``, and of the last epoch ``test_accuracy`` (0..1) and ``test_loss`` (nats), NaN where
-    the run ``diverged``.
-    """
-    labels = [bank["labels"] for bank in banks]
-    r, s, n = len(subsets[0][0].rows), len(subsets[0]), len(data.train)
-    num_steps = max(1, steps(settings[0], data, epochs))
-    rows = np.zeros((len(settings), s, r, n), np.int32)
-    sizes = np.zeros((len(settings), s, r), np.int32)
-    for p, mine in enumerate(subsets):
-        for i, subset in enumerate(mine):
-            for seed, kept in enumerate(subset.rows):
-                rows[p, i, seed, : len(kept)], sizes[p, i, seed] = kept, len(kept)
-    roots = keys(seeds, r, RETRAINING).reshape(len(settings), 1, r)
-    results = train(
-        *(settings, jax.numpy.repeat(roots, s, axis=1).reshape(-1), net, data.train),
-        *(num_steps, mesh, recorder),
-        name=name,
-        probes=[Evaluate(net, data.test, (num_steps,))],
-        labels=np.repeat(labels, s * r, axis=0),
-        rows=rows.reshape(-1, n),
-        sizes=sizes.reshape(-1),
-    )
-    tested = tested_at(results, num_steps)
-    tables = []
-    for p, mine in enumerate(subsets):
-        here = slice(p * s * r, (p + 1) * s * r)
-        classes = [
-            np.bincount(labels[p][k], minlength=data.num_classes) for m in mine for k in m.rows
-        ]
-        columns = {name: np.repeat([m.columns[name] for m in mine], r) for name in mine[0].columns}
-        columns |= {
-            "kept": sizes[p].reshape(-1),
-            "rarest": np.array([counts.min() for counts in classes]),
-            "wrong": np.array([banks[p]["mislabelled"][k].mean() for m in mine for k in m.rows]),
-            "replica": np.tile(np.arange(r), s),
-        }
-        tables.append(columns | {name: values[here] for name, values in tested.items()})
-    return tables
 
 
 def tested_at(results: Results, step: int) -> dict[str, np.ndarray]:
