@@ -1,8 +1,12 @@
 """Per-example losses: ``(logits, labels) -> f32[...]``, never averaged here."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+PROBABLE = 1e-4  # the least probability in ELR
 
 
 def cross_entropy(
@@ -51,6 +55,39 @@ def symmetric_cross_entropy(
     """
     wrong = jax.nn.sigmoid(log_odds_against(logits, labels))
     return forward * cross_entropy(logits, labels) - reverse * log_zero * wrong
+
+
+def elr(
+    logits: Float[Array, "*b classes"], targets: Float[Array, "*b classes"]
+) -> Float[Array, "*b"]:
+    """``log(1 - <p, t>)``, the term of early-learning regularization, p = clip(softmax(logits)).
+
+    To be added to the cross-entropy, lambda times. Negative, so total losses are too: for 10
+    classes it ends at -6.909. For a t that is constant its gradient is p_c (<p, t> - t_c) /
+    (1 - <p, t>), which adds to zero over the classes (inside the clip, 1e-4 to 1 - 1e-4).
+
+    Reference: Liu et al. 2020, arXiv 2007.00151, eq. 6 and lemma 2; the clip is their code's.
+    """
+    return jnp.log1p(-jnp.sum(_clipped(logits) * targets, axis=-1))
+
+
+def elr_targets(
+    logits: Float[Array, "*b classes"], targets: Float[Array, "*b classes"], beta: Any
+) -> Float[Array, "*b classes"]:
+    """``beta t + (1 - beta) p / sum(p)``, p = clip(softmax(logits)) held constant.
+
+    After k visits from t = 0 the targets add to 1 - beta^k: a warm-up that can't be left out.
+
+    Reference: Liu et al. 2020, arXiv 2007.00151, eq. 9; their code divides by the sum.
+    """
+    p = jax.lax.stop_gradient(_clipped(logits))
+    return beta * targets + (1 - beta) * p / p.sum(axis=-1, keepdims=True)
+
+
+def _clipped(logits: Float[Array, "*b classes"]) -> Float[Array, "*b classes"]:
+    """Probabilities in float32 at least: in bfloat16 1 - 1e-4 is 1."""
+    wide = logits if logits.dtype == jnp.float64 else logits.astype(jnp.float32)
+    return jnp.clip(jax.nn.softmax(wide, axis=-1), PROBABLE, 1 - PROBABLE)
 
 
 def log_odds_against(

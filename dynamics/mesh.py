@@ -157,8 +157,22 @@ def table(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     return (last_over_model if mesh.shape["model"] > 1 else largest_over_data)(shape, mesh)
 
 
-TENSOR_PARALLEL: Rules = ((r"kernel|embedding", last_over_model), (r"", replicated))
+def over_examples(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """A row for each example: over the data and model axes where they divide; else replicated.
+
+    Over data alone, with a model axis beside it, XLA (jax 0.10) aborts on the step's gather.
+    """
+    parts = mesh.shape["data"] * mesh.shape["model"]
+    return PartitionSpec() if shape[0] % parts else PartitionSpec(("data", "model"))
+
+
+TENSOR_PARALLEL: Rules = (
+    (r"targets", over_examples),
+    (r"kernel|embedding", last_over_model),
+    (r"", replicated),
+)
 FULLY_SHARDED: Rules = (
+    (r"targets", over_examples),
     (r"embedding", table),
     (r"kernel|scale|bias", largest_over_data),
     (r"", replicated),

@@ -7,7 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dynamics.types import INIT, LOSS, NEVER, Aux, Batch, Key, PyTree, Task, TrainState
+from dynamics.types import (
+    INIT,
+    LOSS,
+    NEVER,
+    Aux,
+    Batch,
+    Key,
+    Leaf,
+    PyTree,
+    Task,
+    TrainState,
+    Written,
+)
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, Aux, dict[str, jax.Array]]]
 
@@ -75,17 +87,19 @@ def make(
         parts = jax.tree.map(lambda x: x.reshape(accumulate, size, *x.shape[1:]), batch)
 
         def one(carry: tuple, part: tuple[jax.Array, Batch]) -> tuple[tuple, tuple]:
-            extras, total = carry
+            before, total = carry
             i, micro = part
             (loss, (extras, aux)), grads = gradient(
-                state.params, extras, micro, jax.random.fold_in(key, i), state.hyperparameters
+                state.params, before, micro, jax.random.fold_in(key, i), state.hyperparameters
             )
-            return (extras, jax.tree.map(jnp.add, total, grads)), (loss, aux)
+            carried, written = _apart(extras, before)
+            return (carried, jax.tree.map(jnp.add, total, grads)), (loss, aux, written)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        (extras, total), (loss, aux) = jax.lax.scan(
+        (extras, total), (loss, aux, written) = jax.lax.scan(
             one, (state.extras, zeros), (jnp.arange(accumulate), parts), unroll=unroll
         )
+        extras = _together(extras, written)
         scalars = jax.tree.map(lambda x: x.mean(axis=0), aux.scalars)
         aux = jax.tree.map(
             lambda x: x.reshape(-1, *x.shape[2:]), dataclasses.replace(aux, scalars={})
@@ -108,9 +122,13 @@ def make(
         before = (state.params, state.extras, state.opt_state)
         diverged = jnp.minimum(state.diverged, jnp.where(jnp.isfinite(loss), NEVER, state.step))
         alive = diverged == NEVER
-        params, extras, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(alive, new, old), after, before
-        )
+
+        def settled(new: Leaf | Written, old: Leaf) -> jax.Array:
+            if not isinstance(new, Written):
+                return jnp.where(alive, new, old)
+            return old.at[new.index].set(jnp.where(alive, new.rows, old[new.index]))
+
+        params, extras, opt_state = jax.tree.map(settled, after, before, is_leaf=_is_written)
         state = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -122,3 +140,29 @@ def make(
         return state, aux, {"loss": loss, **aux.scalars}
 
     return step
+
+
+def _is_written(leaf: Leaf) -> bool:
+    return isinstance(leaf, Written)
+
+
+def _apart(extras: PyTree, before: PyTree) -> tuple[PyTree, PyTree]:
+    """What the next microbatch sees, with tables as they were, and the rows that were written."""
+
+    def kept(new: Leaf | Written, old: Leaf) -> Leaf:
+        return old if isinstance(new, Written) else new
+
+    carried = jax.tree.map(kept, extras, before, is_leaf=_is_written)
+    written = jax.tree.map(lambda x: x if _is_written(x) else None, extras, is_leaf=_is_written)
+    return carried, written
+
+
+def _together(extras: PyTree, written: PyTree) -> PyTree:
+    """The rows [accumulate, b, ...] that microbatches wrote, as those of one batch."""
+
+    def whole(leaf: Leaf, rows: Written | None) -> Leaf | Written:
+        return leaf if rows is None else jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+
+    leaves, structure = jax.tree.flatten(extras)
+    parts = jax.tree.leaves(written, is_leaf=lambda x: x is None or _is_written(x))
+    return structure.unflatten(map(whole, leaves, parts))

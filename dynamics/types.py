@@ -71,11 +71,11 @@ class Aux:
 class Written:
     """Rows of a table in ``extras`` that a step writes: in their place, if the step counts.
 
-    A task whose state has a row for each example returns this instead of the table, so that a
-    step moves the rows of its batch and never the table.
+    A task with a row of state for each example returns this in the table's place, so that a step
+    moves the rows of its batch and never the table.
     """
 
-    index: Leaf  # i32[b], no row twice
+    index: Leaf  # i32[b]; where a row is there twice, one of the two is written
     rows: Leaf  # [b ...]
 
 

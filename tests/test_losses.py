@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from references import elr as reference_elr
 from references import losses as reference
 
 from dynamics.losses import (
     at_label,
     cross_entropy,
+    elr,
+    elr_targets,
     generalised_cross_entropy,
     label_smoothing,
     squared_error,
@@ -200,3 +203,74 @@ def test_label_smoothing_is_least_at_the_smoothed_target():
     y = jnp.array([0])
     slope = jax.grad(lambda z: label_smoothing(z, y).sum())(target)
     np.testing.assert_allclose(slope, 0, atol=1e-7)
+
+
+# ---- early-learning regularization -------------------------------------------------------------
+
+
+def drawn(classes, n=7, dtype=np.float32):
+    """Logits, and targets of examples visited some times."""
+    generator = np.random.default_rng(classes)
+    z = generator.normal(0, 1, (n, classes)).astype(dtype)
+    t = generator.dirichlet(np.ones(classes), n) * generator.uniform(0.2, 1, (n, 1))
+    return jnp.asarray(z), jnp.asarray(t.astype(dtype))
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+@pytest.mark.parametrize(("wide", "tolerance"), [(False, 1e-5), (True, 1e-12)])
+def test_elr_has_the_gradient_of_lemma_2(classes, wide, tolerance):
+    with jax.enable_x64(wide):
+        z, t = drawn(classes, dtype=np.float64 if wide else np.float32)
+        found = np.asarray(jax.grad(lambda z: elr(z, t).sum())(z))
+    z, t = np.asarray(z), np.asarray(t)
+    expected = [reference_elr.gradient(row, target) for row, target in zip(z, t, strict=True)]
+    if classes == 100:  # some probabilities are below the clip, where the term is constant
+        inside = np.array([reference_elr.softmax(row) > 1e-4 for row in z])
+        assert inside.all()
+    np.testing.assert_allclose(found, expected, atol=tolerance)
+    np.testing.assert_allclose(found.sum(axis=1), 0, atol=tolerance)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.7, 0.99])
+def test_elr_targets_move_as_the_algorithm_says(beta):
+    z, _ = drawn(10)
+    memory, t = {}, jnp.zeros_like(z)
+    for k in range(4):
+        t = elr_targets(z * (k + 1), t, beta)
+        expected = [reference_elr.visit(memory, i, row * (k + 1), beta) for i, row in enumerate(z)]
+        np.testing.assert_allclose(t, expected, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(t.sum(axis=1), 1 - beta ** (k + 1), rtol=1e-5, atol=1e-7)
+        terms = [reference_elr.term(row, memory[i]) for i, row in enumerate(z)]
+        np.testing.assert_allclose(elr(z, t), terms, rtol=1e-4)
+
+
+def test_elr_targets_are_held_constant():
+    """The stop-gradient of lemma 2: accuracy does not show it, only the gradient does."""
+    z, before = drawn(10)
+    p = lambda z: jax.nn.softmax(z, axis=-1)  # noqa: E731
+    held = jax.grad(lambda z: elr(z, elr_targets(z, before, 0.7)).sum())(z)
+    free = jax.grad(lambda z: elr(z, 0.7 * before + 0.3 * p(z)).sum())(z)
+    t = np.asarray(elr_targets(z, before, 0.7))
+    expected = [reference_elr.gradient(row, target) for row, target in zip(z, t, strict=True)]
+    np.testing.assert_allclose(held, expected, atol=1e-5)
+    assert np.linalg.norm(held - free) > 0.1 * np.linalg.norm(held)
+
+
+@pytest.mark.parametrize(
+    ("classes", "floor"), [(2, -8.5173), (10, -6.9087), (100, -4.6150), (1000, -2.3978)]
+)
+def test_elr_ends_at_its_floor(classes, floor):
+    z = jnp.zeros((1, classes)).at[0, 1].set(200.0)
+    t = elr_targets(z, jnp.zeros_like(z), 0.0)
+    assert abs(float(elr(z, t)[0]) - floor) < 1e-3
+    assert not np.asarray(jax.grad(lambda z: elr(z, t).sum())(z)).any()  # all are clipped
+    assert elr(z.astype(jnp.bfloat16), t).dtype == jnp.float32  # where 1 - 1e-4 is not 1
+    assert np.isfinite(elr(z.astype(jnp.bfloat16), t)).all()
+
+
+def test_elr_does_not_vanish_where_the_network_is_sure():
+    """-> -1/2 at the class it is sure of, while the gradient of the cross-entropy vanishes."""
+    with jax.enable_x64(True):
+        p = jnp.array([[1 - 9 * 1.2e-4] + [1.2e-4] * 9])
+        gradient = jax.grad(lambda z: elr(z, p).sum())(jnp.log(p))
+    assert abs(float(gradient[0, 0]) + 0.5) < 2e-3

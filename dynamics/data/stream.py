@@ -1,7 +1,7 @@
 """How a step gets its batch: from the device if the data fit there, else from the host.
 
 Both make the same batches: which examples is ``order``'s business alone. ``sampled`` draws them
-with replacement instead.
+with replacement instead, ``whole`` takes all of them at every step.
 """
 
 import dataclasses
@@ -175,6 +175,59 @@ def sampled(
         return _augmented(found, augment, key, step)
 
     return Stream(batch, data, own, batch_size)
+
+
+def doubled(stream: Stream) -> Stream:
+    """Two batches a step, each in an order of its own, entry by entry in turns.
+
+    Entry 2 i is the first's i-th, entry 2 i + 1 the second's: for a task that trains two networks
+    on data in different orders. An example may be in both. ValueError: a stream from the host.
+    """
+    if stream.host is not None:
+        raise ValueError("doubled needs data that lie on the device: use data.stream.resident")
+
+    def batch(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
+        keys = [jax.random.fold_in(key, k) for k in range(2)]
+        two = [stream.batch(shared, own, fed, k, step) for k in keys]
+        weave = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])  # noqa: E731
+        return jax.tree.map(weave, *two)
+
+    return Stream(batch, stream.shared, stream.own, 2 * stream.batch_size)
+
+
+def whole(
+    data: Dataset,
+    num_replicas: int,
+    *,
+    inputs: Shaped[np.ndarray, "k n ..."] | None = None,
+    labels: Int[np.ndarray, "k n ..."] | None = None,
+) -> Stream:
+    """Full-batch gradient descent: all examples at every step, in their order.
+
+    Replica s may have its own ``inputs[s]`` (as stored, in place of ``data.x``) and ``labels[s]``;
+    what is shared lies on the device once, and under ``vmap`` a product of shared inputs with every
+    replica's weights is one matrix product. Cost: inputs are normalised once, here, and lie there
+    as float32 (tokens: int32), as they do in any step. ValueError: shapes that don't fit.
+    """
+    own: dict[str, Any] = {}
+    given = {"inputs": (inputs, data.x.shape), "labels": (labels, data.y.shape)}
+    for name, (array, shape) in given.items():
+        if array is not None and array.shape != (num_replicas, *shape):
+            raise ValueError(f"{name} must have shape {(num_replicas, *shape)}, got {array.shape}")
+    mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
+    shared = {"y": jnp.asarray(data.y, jnp.int32)}
+    if inputs is None:
+        shared["x"] = normalise(jnp.asarray(data.x), mean, std)
+    else:
+        own["x"] = jnp.stack([normalise(jnp.asarray(x), mean, std) for x in inputs])
+    if labels is not None:
+        own["y"] = np.asarray(labels, np.int32)
+
+    def batch(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
+        index = jnp.arange(len(data), dtype=jnp.int32)
+        return Batch(index=index, **{**shared, **own})
+
+    return Stream(batch, shared, own, len(data))
 
 
 def _distributions(probabilities: np.ndarray, k: int, n: int) -> np.ndarray:

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dynamics import losses
+from dynamics.task.elr import elr
+from dynamics.task.elr_plus import elr_plus
 from dynamics.types import Aux, Batch, Dataset, Key, PyTree, Scalars, Task
+
+__all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function"]
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -1,0 +1,147 @@
+"""A segmentation task that predicts at several scales, and may be asked to agree with itself.
+
+Works with any task whose labels and logits have the two image axes of its inputs: x f32[b, H, W] or
+[b, H, W, c], y i32[b, H, W], logits f32[b, H, W, C].
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dynamics import losses
+from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task
+
+SCALES = (0.75, 1.0, 1.5)
+
+Per = Literal["pixel", "image"]
+
+
+def consistency(
+    logits: Float[Array, "s b h w c"], *, rho: float = 0.8, per: Per = "pixel"
+) -> Float[Array, "b"]:
+    """mean over pixels of (1/s) sum_k KL(p_k || q) where max_j q_j > rho, and 0 elsewhere.
+
+    p_k = softmax(logits[k]), q = mean_k p_k: where it counts, the Jensen-Shannon divergence of the
+    scales, at most log s. The gradient flows into q as well. ``rho`` is compared pixel by pixel, or
+    with the largest value in the whole image, which is nearly always on.
+
+    Reference: Liu et al. 2022, arXiv 2110.03740, section 3.3, per pixel; their code takes the
+    maximum per image, sums over the scales instead of averaging, and clips q to [1e-3, 1 - 1e-3],
+    which log-probabilities don't need.
+    """
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    log_q = _log_mean(log_p)
+    divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q[None]), axis=-1).mean(axis=0)
+    sure = jnp.exp(log_q.max(axis=-1)) > rho
+    if per == "image":
+        sure = jnp.broadcast_to(sure.any(axis=(1, 2), keepdims=True), sure.shape)
+    return jnp.where(sure, divergence, 0.0).mean(axis=(1, 2))
+
+
+def multiscale(
+    task: Task,
+    *,
+    scales: Sequence[float] = SCALES,
+    rho: float = 0.8,
+    per: Per = "pixel",
+    cross_entropy: Literal["native", "scales"] = "native",
+) -> Task:
+    """``task``'s loss plus ``hyperparameters["consistency"]`` times ``consistency`` over ``scales``.
+
+    Each scale sees the image resized bilinearly, and its logits are resized back. ``cross_entropy``
+    is the task's own at the native scale, so that weight 0 is that task (but for batch statistics,
+    which see all scales, the native one last); or the mean over the scales of the cross-entropy of
+    their resized logits, as the paper has it.
+
+    Evaluation returns log q, q the mean of the scales' probabilities, so that softmax gives q; its
+    loss is the cross-entropy of q. ``aux.scalars["consistency"]`` is recorded.
+
+    Cost: sum of scale^2 + 1 (if 1 is not among the scales) forward and backward passes, 3.8 for
+    the default scales. ValueError: scales that are none or not positive, rho outside 0..1; when it
+    is traced, labels that are no images, no such hyperparameter.
+
+    Reference: Liu et al. 2022, arXiv 2110.03740, section 3.3, with scales 0.7, 1, 1.5.
+    """
+    if not scales or min(scales) <= 0 or len(set(scales)) < len(scales):
+        raise ValueError(f"scales must be one or more different numbers > 0, got {tuple(scales)}")
+    if not 0 <= rho <= 1:
+        raise ValueError(f"rho must be >= 0 and <= 1, got {rho!r}")
+    others = sorted(set(scales) - {1.0})
+
+    def train(
+        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+    ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
+        _check(batch)
+        if "consistency" not in hyperparameters:
+            raise ValueError(
+                f"the task reads the hyperparameter 'consistency', the state has "
+                f"{sorted(hyperparameters)}: give it to fit.init, 0 to switch it off"
+            )
+        found = []
+        for i, scale in enumerate(others):
+            other = jax.random.fold_in(key, i)
+            _, (extras, aux) = task.loss(
+                params, extras, _resized(batch, scale), other, hyperparameters
+            )
+            found.append(_back(aux.logits, batch))
+        loss, (extras, aux) = task.loss(params, extras, batch, key, hyperparameters)
+        logits = jnp.stack([*found, *([aux.logits] if 1.0 in scales else [])])
+        if cross_entropy == "scales":
+            aux = dataclasses.replace(aux, loss=_mean_loss(logits, batch))
+            loss = aux.loss.mean() if batch.weight is None else (batch.weight * aux.loss).mean()
+        extra = consistency(logits, rho=rho, per=per)
+        extra = extra.mean() if batch.weight is None else (batch.weight * extra).mean()
+        scalars = aux.scalars | {"consistency": extra}
+        loss = loss + hyperparameters["consistency"] * extra
+        return loss, (extras, dataclasses.replace(aux, scalars=scalars))
+
+    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
+        _check(batch)
+        seen = [
+            task.evaluate(params, extras, _resized(batch, scale), hyperparameters).logits
+            for scale in scales
+        ]
+        logits = jnp.stack([_back(one, batch) for one in seen])
+        averaged = _log_mean(jax.nn.log_softmax(logits, axis=-1))
+        return Aux(_mean_loss(averaged[None], batch), averaged, batch.y, batch.index)
+
+    return Task(task.init, train, evaluate)
+
+
+def _log_mean(log_p: Float[Array, "s b h w c"]) -> Float[Array, "b h w c"]:
+    """log of the mean over scales of exp(log_p)."""
+    return jax.nn.logsumexp(log_p, axis=0) - math.log(log_p.shape[0])
+
+
+def _mean_loss(logits: Float[Array, "s b h w c"], batch: Batch) -> Float[Array, "b"]:
+    """The cross-entropy of each image: the mean over scales and pixels."""
+    y = jnp.broadcast_to(batch.y[None], logits.shape[:-1])
+    return losses.cross_entropy(logits, y).mean(axis=(0, 2, 3))
+
+
+def _resized(batch: Batch, scale: float) -> Batch:
+    """The images of a batch at another scale; only logits are taken from it, so labels are 0."""
+    if scale == 1.0:
+        return batch
+    sides = tuple(max(1, round(scale * side)) for side in batch.x.shape[1:3])
+    shape = (batch.x.shape[0], *sides, *batch.x.shape[3:])
+    y = jnp.zeros(shape[:3], batch.y.dtype)
+    return dataclasses.replace(batch, x=jax.image.resize(batch.x, shape, "bilinear"), y=y)
+
+
+def _back(logits: jax.Array, batch: Batch) -> jax.Array:
+    shape = (*batch.y.shape, logits.shape[-1])
+    return logits if logits.shape == shape else jax.image.resize(logits, shape, "bilinear")
+
+
+def _check(batch: Batch) -> None:
+    if batch.y.ndim != 3 or batch.x.shape[:3] != batch.y.shape:
+        raise ValueError(
+            f"multiscale needs a label for every pixel, images [b, H, W] or [b, H, W, c] with "
+            f"labels [b, H, W], got {list(batch.x.shape)} and {list(batch.y.shape)}"
+        )
