@@ -301,6 +301,22 @@ def auc(scores: ArrayLike, mask: ArrayLike) -> float:
     return float(above / (inside * outside))
 
 
+def precision_recall(found: ArrayLike, wrong: ArrayLike) -> tuple[float, float]:
+    """(part of what was found that is wrong, part of what is wrong that was found), of two masks.
+
+    NaN where there is nothing to take a part of: nothing found, or nothing wrong.
+    """
+    found, wrong = np.asarray(found), np.asarray(wrong)
+    for name, mask in (("found", found), ("wrong", wrong)):
+        if mask.dtype != bool or mask.ndim != 1 or mask.shape != wrong.shape:
+            raise ValueError(
+                f"found and wrong must be bool[n] of one n, got {name} {mask.dtype} of shape "
+                f"{mask.shape} where wrong has shape {wrong.shape}"
+            )
+    both, hits, errors = (int(mask.sum()) for mask in (found & wrong, found, wrong))
+    return both / hits if hits else math.nan, both / errors if errors else math.nan
+
+
 def _vector(name: str, values: ArrayLike, *, finite: bool = True) -> np.ndarray:
     """``values`` as f64[n], n >= 1, without NaN and (``finite``) without infinities."""
     array = np.asarray(values, dtype=np.float64)

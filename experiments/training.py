@@ -1,7 +1,7 @@
 """Populations of runs of an experiment's points, through the one step."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from dynamics.data.sources import Splits
 from dynamics.data.stream import stream
 from dynamics.optim import Train
 from dynamics.record import Recorder
-from dynamics.types import Dataset, Results, Revision, Task, TrainState
+from dynamics.types import Dataset, Results, Revision, Stream, Task, TrainState
 
 ROWS = 500  # of the training loss that are kept of a long run, about
 
@@ -53,12 +53,14 @@ def train(
     scalars: Mapping[str, Any] | None = None,
     probes: Sequence[Any] = (),
     revision: Revision | None = None,
+    feed: Callable[[Stream], Stream] = lambda stream: stream,
     **subset: Any,
 ) -> Results:
     """Train a replica for each of ``roots`` [P * members], ``members`` for each of ``settings``.
 
     From ``start`` if given, with schedules over ``total`` steps. ``scalars`` are hyperparameters of
-    the task, one number or one for each replica. ``subset`` are a stream's rows, sizes and labels.
+    the task, one number or one for each replica. ``subset`` are a stream's rows, sizes and labels;
+    ``feed`` makes another stream of it.
     """
     first, members = settings[0], len(roots) // len(settings)
     optimizer = optim.make(first, total or num_steps)
@@ -73,7 +75,7 @@ def train(
     change = augment.crop_and_flip() if first.augment == "crop_flip" else None
     batches = stream(data, first.batch_size, roots, augment=change, **subset)
     return fit.fit(
-        *(net, optimizer, state, batches, num_steps, mesh),
+        *(net, optimizer, state, feed(batches), num_steps, mesh),
         probes=probes,
         revision=revision,
         store=recorder,

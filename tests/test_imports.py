@@ -24,7 +24,7 @@ data models task optim subspace
 step ghost
 population curvature kernel representation scores
 landscape
-probes
+probes revise
 checkpoint
 chunk watch
 fit
@@ -37,7 +37,7 @@ ONLY = {  # third-party package -> where it may be imported
     "orbax": {"dynamics/checkpoint.py"},
     "polars": {"dynamics/record.py"},
     "rich": {"experiments/"},
-    "sklearn": {"dynamics/data/"},
+    "sklearn": {"dynamics/data/", "dynamics/scores/noise.py"},
     "submitit": {"experiments/"},
     "tueplots": {"paper_figures/"},
     "tyro": {"experiments/__main__.py"},

@@ -227,6 +227,34 @@ def test_auc_says_what_is_wrong():
         statistics.auc([1.0, 2.0], np.array([1, 0]))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_precision_and_recall_by_counting(seed):
+    found, wrong = np.random.default_rng(seed).random((2, 40)) < 0.4
+    both = sum(1 for f, w in zip(found, wrong, strict=True) if f and w)
+    wanted = (both / sum(found), both / sum(wrong))
+    assert statistics.precision_recall(found, wrong) == wanted
+    assert statistics.precision_recall(wrong, found) == wanted[::-1]
+    assert statistics.precision_recall(list(found), list(wrong)) == wanted
+    assert statistics.precision_recall(wrong, wrong) == (1.0, 1.0)
+
+
+def test_precision_and_recall_of_nothing():
+    some, none = np.array([True, False]), np.array([False, False])
+    precision, recall = statistics.precision_recall(none, some)
+    assert math.isnan(precision) and recall == 0
+    precision, recall = statistics.precision_recall(some, none)
+    assert precision == 0 and math.isnan(recall)
+    assert all(map(math.isnan, statistics.precision_recall(none, none)))
+
+
+def test_precision_and_recall_say_what_is_wrong():
+    mask = np.array([True, False])
+    with pytest.raises(ValueError, match=r"got found int64 of shape \(2,\)"):
+        statistics.precision_recall(np.array([1, 0]), mask)
+    with pytest.raises(ValueError, match=r"got found bool of shape \(1,\) where .* shape \(2,\)"):
+        statistics.precision_recall(mask[:1], mask)
+
+
 def judged(effect, **gate):
     return statistics.judge(
         statistics.Estimate(effect, effect - 1, effect + 1),

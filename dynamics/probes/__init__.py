@@ -4,6 +4,7 @@ from dynamics.probes.cartography import Cartography
 from dynamics.probes.evaluate import Evaluate
 from dynamics.probes.forgetting import Forgetting
 from dynamics.probes.margins import AreaUnderMargin
+from dynamics.probes.memorisation import Memorisation
 from dynamics.probes.path import Path
 from dynamics.probes.score import Score
 from dynamics.probes.velocity import KernelVelocity
@@ -15,6 +16,7 @@ __all__ = [
     "Evaluate",
     "Forgetting",
     "KernelVelocity",
+    "Memorisation",
     "Path",
     "Score",
     "VarianceOfGradients",

@@ -16,6 +16,7 @@ from dynamics.scores.forward import (
     probability_margin,
 )
 from dynamics.scores.grand import gradients, grand, grand_last_layer
+from dynamics.scores.noise import Joint, confident_joint, relabelled, small_loss
 from dynamics.scores.pvi import blank, pvi
 from dynamics.scores.select import (
     coverage_centric,
@@ -31,8 +32,10 @@ from dynamics.scores.vog import class_normalised, dataset_normalised, input_grad
 
 __all__ = [
     "HARD",
+    "Joint",
     "blank",
     "class_normalised",
+    "confident_joint",
     "dataset_normalised",
     "el2n",
     "entropy",
@@ -46,6 +49,8 @@ __all__ = [
     "probability",
     "probability_margin",
     "pvi",
+    "relabelled",
+    "small_loss",
     "vog",
     "coverage_centric",
     "gradient_variance",

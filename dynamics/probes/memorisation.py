@@ -1,0 +1,127 @@
+"""What becomes of wrong labels: learned as they should be, memorised as they are, or neither."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dynamics import statistics
+from dynamics.scores.examples import over_examples
+from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
+
+
+def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+    """Of every example f32[b], in evaluation mode: the class ``predicted``, the ``loss``, the norm
+    ``fit`` of p - y, the coefficient of its cross-entropy's gradient in the logits, and where the
+    state has running targets (``task.elr``) the class they hold it to, ``target``, and the norm
+    ``held`` of lambda g, g = p (<p, t> - t) / (1 - <p, t>).
+
+    Reference: Liu et al. 2020, arXiv 2007.00151, lemmas 1 and 2.
+    """
+    aux = task.evaluate(state.params, state.extras, batch, state.hyperparameters)
+    p = jax.nn.softmax(aux.logits.astype(jnp.float32), axis=-1)
+    classes = jnp.arange(p.shape[-1])[None]
+    found = {
+        "predicted": p.argmax(axis=-1).astype(jnp.float32),
+        "loss": aux.loss,
+        "fit": jnp.linalg.norm(p - (classes == batch.y[:, None]).astype(jnp.float32), axis=-1),
+    }
+    tables = jax.tree.leaves(state.extras.get("targets", ()))  # ELR+ has two
+    if tables:
+        rows = [table[batch.index] for table in tables]
+        found["target"] = jnp.stack(rows).sum(axis=0).argmax(axis=-1).astype(jnp.float32)
+    if len(tables) == 1 and "elr_lambda" in state.hyperparameters:
+        both = jnp.sum(p * rows[0], axis=-1, keepdims=True)
+        g = p * (both - rows[0]) / jnp.maximum(1 - both, jnp.finfo(jnp.float32).tiny)
+        found["held"] = state.hyperparameters["elr_lambda"] * jnp.linalg.norm(g, axis=-1)
+    return found
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Fractions of the wrong-labelled examples W = {i: label != clean} of ``data``, f32[K]:
+
+    ``wrong_correct`` (predicted as they truly are), ``wrong_memorised`` (as their label says),
+    ``wrong_other`` (neither; the three add to 1), and of the others ``clean_correct``. From the
+    same forward pass: ``loss_auc``, how well the loss ranks W first; ``fit_clean``, ``fit_wrong``
+    and, with ELR, ``held_clean``, ``held_wrong``: means of the coefficients of ``answers``;
+    ``target_correct``, the part of W whose target is the true class, and ``precision`` and
+    ``recall`` of calling wrong what the targets hold to another class than the label.
+
+    ``labels`` [k, n] are each replica's, ``clean`` [n] the true ones, ``data`` unaugmented. NaN
+    where a fraction is of nothing. Cost: one forward pass of the data for each replica.
+
+    Reference: Liu et al. 2020, arXiv 2007.00151, figures 1 and B.1.
+    """
+
+    task: Task
+    data: Dataset
+    labels: Int[np.ndarray, "k n"]
+    clean: Int[np.ndarray, "n"]
+    every: int | Collection[int]
+    name: str = "memory"
+    batch_size: int = 512
+
+    def start(self, state: TrainState, each: Each) -> PyTree:
+        """Nothing is remembered. ValueError: labels that are not those of the data."""
+        if self.labels.shape[1:] != self.clean.shape or self.clean.shape != (len(self.data),):
+            raise ValueError(
+                f"{self.name} needs labels [k, {len(self.data)}] and clean [{len(self.data)}], got "
+                f"{self.labels.shape} and {self.clean.shape}"
+            )
+        return ()
+
+    def measure(
+        self, carry: PyTree, state: TrainState, each: Each
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
+        """The fractions and means f32[K]."""
+        found = over_examples(
+            *(answers, self.task, state, self.data),
+            labels=self.labels,
+            batch_size=self.batch_size,
+            each=each,
+        )
+        values = {name: np.asarray(value) for name, value in found.items()}
+        replicas = [
+            _summary({name: value[k] for name, value in values.items()}, labels, self.clean)
+            for k, labels in enumerate(self.labels)
+        ]
+        return carry, {
+            name: jnp.asarray([one[name] for one in replicas], jnp.float32) for name in replicas[0]
+        }
+
+
+def _summary(
+    found: dict[str, np.ndarray], labels: np.ndarray, clean: np.ndarray
+) -> dict[str, float]:
+    """Of one replica."""
+    wrong = labels != clean
+    predicted = found["predicted"]
+    out = {
+        "wrong_correct": _mean(predicted == clean, wrong),
+        "wrong_memorised": _mean(predicted == labels, wrong),
+        "wrong_other": _mean((predicted != clean) & (predicted != labels), wrong),
+        "clean_correct": _mean(predicted == clean, ~wrong),
+        "loss_auc": _auc(found["loss"], wrong),
+    }
+    for name in ("fit", "held"):
+        if name in found:
+            out |= {f"{name}_clean": _mean(found[name], ~wrong)}
+            out |= {f"{name}_wrong": _mean(found[name], wrong)}
+    if "target" in found:
+        out["target_correct"] = _mean(found["target"] == clean, wrong)
+        flagged = found["target"] != labels
+        out["precision"], out["recall"] = statistics.precision_recall(flagged, wrong)
+    return out
+
+
+def _mean(values: np.ndarray, where: np.ndarray) -> float:
+    return float(values[where].mean()) if where.any() else np.nan
+
+
+def _auc(loss: np.ndarray, wrong: np.ndarray) -> float:
+    known = wrong.any() and not wrong.all() and not np.isnan(loss).any()
+    return statistics.auc(loss, wrong) if known else np.nan
