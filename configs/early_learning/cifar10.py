@@ -1,7 +1,7 @@
 """The recipe of Liu et al. 2020, arXiv 2007.00151, appendix G: CIFAR-10, ResNet-34, 120 epochs.
 
 For an accelerator. Their test accuracy at 40 % (wrong: 36 %): cross-entropy 81.9 %, ELR 89.2 %.
-Theirs holds 5,000 images out to choose by; here all 50,000 are trained on and the last epoch counts.
+They hold 5,000 images out to choose by; here all are trained on, and the last epoch counts.
 
 python -m experiments early_learning configs/early_learning/cifar10.py
 python -m experiments sweep early_learning configs/early_learning/cifar10.py    # against the rate

@@ -1,7 +1,7 @@
 """Memorisation of wrong labels on MNIST, 60,000 examples: minutes on two CPU cores.
 
 python -m experiments early_learning configs/early_learning/mnist.py
-python -m experiments sweep early_learning configs/early_learning/mnist.py    # against the rate, too
+python -m experiments sweep early_learning configs/early_learning/mnist.py    # and rates
 """
 
 from dynamics.config import grid

@@ -16,8 +16,9 @@ from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
 def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
     """Of every example f32[b], in evaluation mode: the class ``predicted``, the ``loss``, the norm
     ``fit`` of p - y, the coefficient of its cross-entropy's gradient in the logits, and where the
-    state has running targets (``task.elr``) the class they hold it to, ``target``, and the norm
-    ``held`` of lambda g, g = p (<p, t> - t) / (1 - <p, t>).
+    state has running targets (``task.elr``) the class they hold it to, ``target`` (-1: none, the
+    example was never visited), and the norm ``held`` of lambda g, g = p (<p, t> - t) / (1 - <p,
+    t>).
 
     Reference: Liu et al. 2020, arXiv 2007.00151, lemmas 1 and 2.
     """
@@ -32,7 +33,9 @@ def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]
     tables = jax.tree.leaves(state.extras.get("targets", ()))  # ELR+ has two
     if tables:
         rows = [table[batch.index] for table in tables]
-        found["target"] = jnp.stack(rows).sum(axis=0).argmax(axis=-1).astype(jnp.float32)
+        held = jnp.stack(rows).sum(axis=0)
+        target = jnp.where(held.any(axis=-1), held.argmax(axis=-1), -1)
+        found["target"] = target.astype(jnp.float32)
     if len(tables) == 1 and "elr_lambda" in state.hyperparameters:
         both = jnp.sum(p * rows[0], axis=-1, keepdims=True)
         g = p * (both - rows[0]) / jnp.maximum(1 - both, jnp.finfo(jnp.float32).tiny)
@@ -113,7 +116,7 @@ def _summary(
             out |= {f"{name}_wrong": _mean(found[name], wrong)}
     if "target" in found:
         out["target_correct"] = _mean(found["target"] == clean, wrong)
-        flagged = found["target"] != labels
+        flagged = (found["target"] != labels) & (found["target"] >= 0)
         out["precision"], out["recall"] = statistics.precision_recall(flagged, wrong)
     return out
 

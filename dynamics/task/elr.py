@@ -29,11 +29,11 @@ def elr(inner: Task, num_examples: int, num_classes: int) -> Task:
 
     Reference: Liu et al. 2020, arXiv 2007.00151, eq. 6 and algorithm 1.
     """
-    empty = table_of(num_examples, num_classes)
+    shape = table_shape(num_examples, num_classes)
 
     def init(key: Key) -> tuple[PyTree, PyTree]:
         params, extras = inner.init(key)
-        return params, {**extras, "targets": empty}
+        return params, {**extras, "targets": jnp.zeros(shape, jnp.float32)}
 
     def loss(
         params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
@@ -58,14 +58,14 @@ def elr(inner: Task, num_examples: int, num_classes: int) -> Task:
     return Task(init, loss, evaluate)
 
 
-def table_of(num_examples: int, num_classes: int) -> jax.Array:
-    """Targets of examples that were never seen."""
+def table_shape(num_examples: int, num_classes: int) -> tuple[int, int]:
+    """Of the targets of so many examples."""
     if num_examples < 1 or num_classes < 2:
         raise ValueError(
             "running targets need num_examples >= 1 and num_classes >= 2, got "
             f"{num_examples} and {num_classes}"
         )
-    return jnp.zeros((-(-num_examples // BLOCK) * BLOCK, num_classes), jnp.float32)
+    return -(-num_examples // BLOCK) * BLOCK, num_classes
 
 
 def scalars(hyperparameters: Scalars, *names: str) -> tuple[Any, ...]:

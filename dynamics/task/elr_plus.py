@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dynamics import losses
-from dynamics.task.elr import scalars, table_of
+from dynamics.task.elr import scalars, table_shape
 from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task, Written
 
 NETS = ("first", "second")
@@ -46,15 +46,15 @@ def elr_plus(
     Reference: Liu et al. 2020, arXiv 2007.00151, algorithm 2 and appendix G; label re-weighting and
     the other ramp are their code's, which also draws another noise for each network: not so here.
     """
-    rows = table_of(num_examples, num_classes)
+    shape = table_shape(num_examples, num_classes)
 
     def init(key: Key) -> tuple[PyTree, PyTree]:
         made = {net: inner.init(jax.random.fold_in(key, k)) for k, net in enumerate(NETS)}
         params = {net: p for net, (p, _) in made.items()}
         return params, {
             "inner": {net: extras for net, (_, extras) in made.items()},
-            "averages": params,
-            "targets": {net: rows for net in NETS},
+            "averages": jax.tree.map(jnp.copy, params),  # a buffer of its own, to be donated
+            "targets": {net: jnp.zeros(shape, jnp.float32) for net in NETS},
             "steps": jnp.int32(0),
         }
 
