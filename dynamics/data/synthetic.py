@@ -10,6 +10,8 @@ import math
 import numpy as np
 from jaxtyping import Float32
 
+from dynamics.data import corrupt
+from dynamics.data.corrupt import Noisy
 from dynamics.types import Dataset
 
 
@@ -42,6 +44,34 @@ def bayes_accuracy(num_classes: int, separation: float) -> float:
     density = np.exp(-((t - centre) ** 2) / 2) / math.sqrt(2 * math.pi)
     below = np.array([0.5 * math.erfc(-value / math.sqrt(2)) for value in t])
     return float(np.trapezoid(density * below ** (num_classes - 1), t))
+
+
+def opposite_gaussians(
+    seed: int, *, n: int, dim: int, sigma: float, flip: float
+) -> tuple[Dataset, Noisy]:
+    """``eps* (v - sigma z)``, z ~ N(0, I), with labels eps* = +-1 that are drawn anew now and then.
+
+    Two Gaussians around v and -v; class 1 is eps* = +1. Each label is drawn anew, +1 or -1 alike,
+    with probability ``flip``. The dataset has the noisy labels, of which
+    about flip / 2 are wrong (a label drawn anew is right half of the time); ``Noisy`` says which.
+    v is the first unit vector: z, and the start of gradient descent on a sphere, look the same from
+    every direction, so any other v of norm 1 is this one rotated.
+
+    Known: sign(<v, x>) is right with probability Phi(1 / sigma), and no classifier more often.
+    ValueError: flip that is no probability, sigma <= 0.
+
+    Reference: Liu et al. 2020, arXiv 2007.00151, section 3 and appendix A.
+    """
+    _check(n, dim, 2)
+    if not sigma > 0 or not 0 <= flip <= 1:
+        raise ValueError(f"need sigma > 0 and flip from 0 to 1, got {sigma!r} and {flip!r}")
+    clean = _labels(seed, n, 2)
+    x = np.float32(-sigma) * _normal("opposite gaussians", seed, n, dim)
+    x[:, 0] += 1
+    x *= (2 * clean - 1).astype(np.float32)[:, None]
+    wrong = np.array([[1 - flip / 2, flip / 2], [flip / 2, 1 - flip / 2]])
+    noisy = corrupt.transition(clean, wrong, seed)  # one draw each, so that prefixes agree
+    return _dataset(x, noisy.labels), noisy
 
 
 def teacher(
