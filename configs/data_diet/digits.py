@@ -1,4 +1,4 @@
-"""Data Diet on scikit-learn's digits: under a minute on two CPU cores, the sweep about ten.
+"""Data Diet on scikit-learn's digits: under a minute on two CPU cores, the sweep about five.
 
 python -m experiments data_diet configs/data_diet/digits.py
 python -m experiments sweep data_diet configs/data_diet/digits.py    # every study, clean and noisy

@@ -1,4 +1,4 @@
-"""Data Diet on all 60,000 MNIST images: about four minutes on two CPU cores. Needs DYNAMICS_DATA.
+"""Data Diet on all 60,000 MNIST images: minutes on two CPU cores. Needs DYNAMICS_DATA.
 
 python -m experiments data_diet configs/data_diet/mnist.py
 python -m experiments sweep data_diet configs/data_diet/mnist.py    # every study, clean and noisy

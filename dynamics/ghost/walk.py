@@ -96,7 +96,7 @@ class Walk:
         taps = {k[1:]: tap for k, tap in self.taps.items() if k[0] == number and len(k) > 1}
         walks: list[Walk] = []
 
-        def round(carry: list[Any], given: tuple[list[Any], dict]) -> tuple[list[Any], Any]:
+        def turn(carry: list[Any], given: tuple[list[Any], dict]) -> tuple[list[Any], Any]:
             walks.append(walk := Walk(given[1], self._depth + 1))
             outs, ends = walk.run(*body, [*values[:n], *carry, *given[0]], inside)
             for origin in ends:
@@ -104,7 +104,7 @@ class Walk:
             return outs[: m - n], (outs[m - n :], walk.captured)
 
         options = {k: eqn.params[k] for k in ("length", "reverse", "unroll")}
-        carry, (ys, captured) = jax.lax.scan(round, values[n:m], (values[m:], taps), **options)
+        carry, (ys, captured) = jax.lax.scan(turn, values[n:m], (values[m:], taps), **options)
         self.captured |= {(number, *k): found for k, found in captured.items()}
         for site in walks[-1].sites:
             apart = any(step[:2] == ("slice", self._depth) for step in site.weight.history)

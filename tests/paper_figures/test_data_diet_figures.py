@@ -8,10 +8,11 @@ import polars as pl
 import pytest
 from made_up import pruning, rescoring, timing, transfer, window, with_accuracy
 
-from dynamics import record
+from dynamics import record, scores
 from paper_figures import (
     data_diet_pruning,
     data_diet_rescoring,
+    data_diet_scores,
     data_diet_timing,
     data_diet_transfer,
     data_diet_window,
@@ -97,3 +98,10 @@ def test_a_stored_run_is_drawn_from_its_directory(figure, tmp_path):
     recorder.finish(record.Table(columns, run.arrays))
     path = record.runs(tmp_path, module.EXPERIMENT)[-1]
     assert module.measure([record.read(path)]) == module.measure([run])
+
+
+def test_figures_know_which_end_of_a_score_is_hard():
+    """They may not import jax, so they have a list of their own."""
+    low = {name for name, end in scores.HARD.items() if end == "low"}
+    assert set(data_diet_scores.LOW) <= low
+    assert set(data_diet_scores.LABELS) & low == set(data_diet_scores.LOW)
