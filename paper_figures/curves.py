@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 
 from dynamics import statistics
 from dynamics.statistics import Estimate
-from paper_figures.data_diet import row
 from paper_figures.draw import Look
+from paper_figures.reading import row
 
 
 def curve(

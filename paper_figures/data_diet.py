@@ -1,16 +1,11 @@
-"""What the figures of ``experiments.data_diet`` share: reading a run, and the words for it.
-
-Whatever a run lacks is one ValueError that names the run and the thing.
-"""
-
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+"""What the figures of ``experiments.data_diet`` share: sources, scores, labels."""
 
 import numpy as np
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate, Paired
+from dynamics.statistics import Estimate
+from paper_figures import reading
+from paper_figures.reading import Key, Said, array, columns, index, key_of, number, percent, where
 
 PAPER = "Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075"
 KIRSCH = "Kirsch 2023, arXiv 2303.14753"
@@ -18,154 +13,26 @@ KIRSCH = "Kirsch 2023, arXiv 2303.14753"
 BEREFT = " Open markers: some class has no example left."
 OURS = f"ours, after {PAPER}"
 
-TABLE = ("panel", "series", "index", "x", "y", "low", "high", "seeds")  # of a figure's csv
 
-Key = tuple[Any, ...]
-
-
-class Said(NamedTuple):
-    """What a paper says, in our words; or what we measure beside it: ``OURS``."""
-
-    statement: str
-    paper: str = PAPER
+def said(statement: str, paper: str = PAPER) -> Said:
+    """What this paper says, or another."""
+    return Said(statement, paper)
 
 
-class Cells(NamedTuple):
-    """One number for each replica of each cell: (method, fraction) -> replica -> accuracy."""
-
-    where: str
-    by: tuple[str, ...]  # the columns that a key holds
-    values: dict[Key, dict[int, float]]
-
-    @property
-    def replicas(self) -> int:
-        """How many; the same in every cell."""
-        return len(next(iter(self.values.values())))
-
-    def has(self, *key: Any) -> bool:
-        """Whether there are rows of the cell."""
-        return _key(key) in self.values
-
-    def of(self, *key: Any) -> np.ndarray:
-        """f64[R]: the numbers of one cell, by replica."""
-        if (found := self.values.get(_key(key))) is None:
-            raise ValueError(f"{self.where} has no rows for {self._text(_key(key))}")
-        return np.array([found[replica] for replica in sorted(found)])
-
-    def estimate(self, *key: Any) -> Estimate:
-        """Mean and 95 % interval of one cell."""
-        return statistics.bootstrap(self.of(*key))
-
-    def paired(self, a: Key, b: Key) -> Paired:
-        """Differences a - b over paired replicas."""
-        return statistics.paired(self.of(*a), self.of(*b))
-
-    def places(self, **equal: Any) -> tuple[Any, ...]:
-        """The values, rising, of the last column of ``by`` where the others are ``equal``."""
-        wanted = tuple(_plain(equal[name]) for name in self.by[:-1])
-        found = {key[-1] for key in self.values if key[:-1] == wanted and key[-1] is not None}
-        return tuple(sorted(found))
-
-    def _text(self, key: Key) -> str:
-        return _text(self.by, key)
+def scale(run: record.Run, *, noise: bool = True, net: bool = True) -> str:
+    """Data, size, labels, model, as in "digits, 1,347 examples, clean labels, MLP 2 x 128"."""
+    return reading.scale(run, *([labels(run)] if noise else []), net=net)
 
 
-def where(run: record.Run) -> str:
-    """How an error names the run."""
-    return f"data_diet run {run.fingerprint}"
-
-
-def only(runs: Sequence[record.Run]) -> record.Run:
-    """The one run of a figure that shows no runs together."""
-    if len(runs) != 1:
-        raise ValueError(f"this figure is of one run, got {[run.fingerprint for run in runs]}")
-    return runs[0]
-
-
-def columns(run: record.Run, *names: str) -> list[tuple[Any, ...]]:
-    """The rows of the run's study as tuples of the named columns."""
-    stage = str(value(run, "study", "kind")).lower()
-    for name in ("stage", *names):
-        if name not in run.rows.columns:
-            raise ValueError(f"{where(run)} has no column {name!r} in its rows: {run.rows.columns}")
-    stages, *lists = (run.rows[name].to_list() for name in ("stage", *names))
-    found = [row for at, *row in zip(stages, *lists, strict=True) if at == stage]
-    if not found:
-        raise ValueError(f"{where(run)} has no rows of stage {stage!r}, but {sorted(set(stages))}")
-    return [tuple(row) for row in found]
-
-
-def cells(
-    run: record.Run,
-    *by: str,
-    of: str = "test_accuracy",
-    within: tuple[float, float] = (0.0, 1.0),
-    times: float = 100.0,
-) -> Cells:
-    """Column ``of``, ``times`` a factor, for each replica of each combination of ``by``.
-
-    A key holds floats rounded to six places and None for NaN. ValueError: a number that isn't
-    ``within`` the range (a run that diverged has NaN), two rows for one replica, or cells of
-    different replicas, which could not be paired.
-    """
-    out: dict[Key, dict[int, float]] = {}
-    for *raw, replica, number in columns(run, *by, "replica", of):
-        key = _key(raw)
-        at = f"{_text(by, key)}, replica {replica}"
-        if number is None or not within[0] <= number <= within[1]:
-            diverged = " (the run diverged)" if number is not None and math.isnan(number) else ""
-            low, high = within
-            raise ValueError(
-                f"{where(run)}: {of} must be in [{low:g}, {high:g}], got {number} for "
-                f"{at}{diverged}"
-            )
-        if int(replica) in out.setdefault(key, {}):
-            raise ValueError(f"{where(run)} has two rows for {at}")
-        out[key][int(replica)] = times * number
-    first, *rest = out
-    for key in rest:
-        if sorted(out[key]) != sorted(out[first]):
-            raise ValueError(
-                f"{where(run)}: paired differences need the same replicas everywhere; "
-                f"{_text(by, key)} has {sorted(out[key])}, {_text(by, first)} has "
-                f"{sorted(out[first])}"
-            )
-    return Cells(where(run), by, out)
+def labels(run: record.Run) -> str:
+    """``clean labels`` or ``20 % wrong labels``."""
+    noise = number(run, "noise")
+    return f"{percent(noise)} wrong labels" if noise else "clean labels"
 
 
 def bereft(run: record.Run, *by: str) -> set[Key]:
     """The cells in which some class has no example left."""
-    return {_key(raw) for *raw, rarest in columns(run, *by, "rarest") if not rarest}
-
-
-def _key(raw: Sequence[Any]) -> Key:
-    return tuple(_plain(part) for part in raw)
-
-
-def _plain(part: Any) -> Any:
-    if isinstance(part, float | np.floating):
-        return None if math.isnan(part) else round(float(part), 6)
-    return part
-
-
-def _text(by: Sequence[str], key: Key) -> str:
-    """``method 'random', fraction 0.3``."""
-    parts = zip(by, key, strict=True)
-    return ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v!r}" for n, v in parts)
-
-
-def array(run: record.Run, name: str, ndim: int, *, finite: bool = True) -> np.ndarray:
-    """f64: an array of the run with so many axes."""
-    if name not in run.arrays:
-        raise ValueError(f"{where(run)} has no array {name!r}; it has {sorted(run.arrays)}")
-    found = np.asarray(run.arrays[name], dtype=np.float64)
-    wrong = int((~np.isfinite(found)).sum()) if finite else 0
-    if found.ndim != ndim or found.size == 0 or wrong:
-        raise ValueError(
-            f"{where(run)}: array {name!r} must be finite with {ndim} axes, got shape "
-            f"{found.shape} and {wrong} values that are not finite"
-        )
-    return found
+    return {key_of(raw) for *raw, rarest in columns(run, *by, "rarest") if not rarest}
 
 
 def scores(run: record.Run, *names: str) -> list[np.ndarray]:
@@ -184,61 +51,6 @@ def scores(run: record.Run, *names: str) -> list[np.ndarray]:
     return found
 
 
-def index(run: record.Run) -> np.ndarray:
-    """i64[N]: the place of each training example in the file."""
-    return array(run, "index", 1).astype(np.int64)
-
-
-def value(run: record.Run, *path: str) -> Any:
-    """A value of the config."""
-    found: Any = run.config
-    for part in path:
-        if not isinstance(found, Mapping) or part not in found:
-            raise ValueError(f"{where(run)} has no {'.'.join(path)!r} in its config")
-        found = found[part]
-    return found
-
-
-def number(run: record.Run, *path: str) -> float:
-    """A number of the config."""
-    found = value(run, *path)
-    if isinstance(found, bool) or not isinstance(found, int | float):
-        raise ValueError(f"{where(run)}: {'.'.join(path)!r} must be a number, got {found!r}")
-    return float(found)
-
-
-NAMES = {
-    "mnist": "MNIST",
-    "fashion_mnist": "Fashion-MNIST",
-    "cifar10": "CIFAR-10",
-    "cifar100": "CIFAR-100",
-}
-
-
-def scale(run: record.Run, *, noise: bool = True, net: bool = True) -> str:
-    """Data, size, labels, model, as in "digits, 1,347 examples, clean labels, MLP 2 x 128"."""
-    kind, _, copy = str(run.provenance.get("source", value(run, "data", "source"))).partition(" ")
-    words = [f"{NAMES.get(kind, kind)} {copy}".strip(), f"{len(index(run)):,} examples"]
-    words += [labels(run)] if noise else []
-    return ", ".join([*words, *([model(value(run, "model"))] if net else [])])
-
-
-def labels(run: record.Run) -> str:
-    """``clean labels`` or ``20 % wrong labels``."""
-    noise = number(run, "noise")
-    return f"{percent(noise)} wrong labels" if noise else "clean labels"
-
-
-def model(config: Mapping[str, Any]) -> str:
-    """``MLP 2 x 128``: its kind and its sizes."""
-    kind = str(config.get("kind", "model"))
-    if "channels" in config:
-        return f"{kind} {'-'.join(map(str, config['channels']))}"
-    if "depth" in config and "width" in config:
-        return f"{kind} {config['depth']} x {config['width']}"
-    return kind
-
-
 def correlation(a: np.ndarray, b: np.ndarray) -> Estimate:
     """Spearman between averages over scoring replicas; its interval is over the replicas.
 
@@ -252,56 +64,3 @@ def correlation(a: np.ndarray, b: np.ndarray) -> Estimate:
 
     rho, low, high = statistics.jackknife(statistic, both)
     return Estimate(rho, max(low, -1.0), min(high, 1.0)) if len(a) > 1 else Estimate(rho, low, high)
-
-
-def judging(figure: str, scale: str, seeds: int, unit: str = "points") -> Callable[..., Claim]:
-    """``made(estimate, quantity, said, at_least=..., control=False)``: a claim of the figure."""
-
-    def made(
-        e: Estimate | Paired, quantity: str, said: Said, *, control: bool = False, **gate: float
-    ) -> Claim:
-        return statistics.judge(
-            e,
-            figure=figure,
-            paper=said.paper,
-            statement=said.statement,
-            quantity=quantity,
-            seeds=seeds,
-            scale=scale,
-            unit=unit,
-            kind="control" if control else "claim",
-            **gate,
-        )
-
-    return made
-
-
-def nearest(values: Sequence[float], wanted: float) -> float:
-    """The value nearest to the wanted one; the smaller of two that are equally near."""
-    return min(values, key=lambda v: (abs(v - wanted), v))
-
-
-def row(panel: str, series: str, x: Any, e: Estimate | Paired, seeds: int | None) -> dict[str, Any]:
-    """A row of a figure's csv."""
-    return {"panel": panel, "series": series, "x": x, "y": e.mean, "low": e.low,
-            "high": e.high, "seeds": seeds}  # fmt: skip
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Rows as the columns of ``TABLE``."""
-    return {name: [r.get(name) for r in rows] for name in TABLE}
-
-
-def count(number: float, noun: str) -> str:
-    """``1 epoch``, ``5 epochs``."""
-    return f"{number:g} {noun}{'s' * (number != 1)}"
-
-
-def percent(fraction: float) -> str:
-    """``30 %``."""
-    return f"{100 * fraction:g} %"
-
-
-def minus(text: str) -> str:
-    """Hyphens as minus signs, for what is drawn."""
-    return text.replace("-", "\N{MINUS SIGN}")

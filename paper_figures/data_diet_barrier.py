@@ -21,9 +21,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate, Paired
-from paper_figures import data_diet
+from paper_figures import data_diet, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import PAPER, Cells
+from paper_figures.data_diet import PAPER
+from paper_figures.reading import Cells
 
 EXPERIMENT = "data_diet"
 STUDY = "Connectivity"
@@ -65,7 +66,7 @@ class Study(NamedTuple):
     @property
     def noise(self) -> float:
         """The fraction of training labels that are wrong."""
-        return data_diet.number(self.run, "noise")
+        return reading.number(self.run, "noise")
 
     def apart(self, spawn: float | None) -> Paired:
         """The barrier on high examples less that on low ones, over pairs of children."""
@@ -107,7 +108,7 @@ def draw(
         fingerprints = [run.fingerprint for run in runs]
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(table),
+            table=reading.table(table),
             claims=claims,
             fingerprints=fingerprints,
         )
@@ -121,15 +122,15 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_barrier") ->
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    cells = data_diet.cells(run, "spawn", "subset", of="error_barrier")
+    cells = reading.cells(run, "spawn", "subset", of="error_barrier")
     spawns = sorted({spawn for spawn, _ in cells.values if spawn is not INDEPENDENT})
     if not spawns:
-        raise ValueError(f"{data_diet.where(run)} has no rows of children that share a parent")
+        raise ValueError(f"{reading.where(run)} has no rows of children that share a parent")
     independent = any(spawn is INDEPENDENT for spawn, _ in cells.values)
     for spawn in [*spawns, *([INDEPENDENT] if independent else [])]:
         for subset in SUBSETS:
             cells.of(spawn, subset)
-    own = data_diet.cells(run, "spawn", "subset", of="end_error")
+    own = reading.cells(run, "spawn", "subset", of="end_error")
     return Study(
         cells=cells,
         spawns=tuple(spawns),
@@ -254,19 +255,19 @@ def _rows(
     panel: str, series: str, study: Study, x: Sequence[Any], found: Sequence[Estimate]
 ) -> list[dict[str, Any]]:
     pairs = zip(x, found, strict=True)
-    return [data_diet.row(panel, series, at, e, study.cells.replicas) for at, e in pairs]
+    return [reading.row(panel, series, at, e, study.cells.replicas) for at, e in pairs]
 
 
 def _caption(studies: Sequence[Study]) -> str:
     study = studies[0]
-    config = functools.partial(data_diet.number, study.run, "study")
+    config = functools.partial(reading.number, study.run, "study")
     own = ", ".join(f"{s.own_error['high'].mean:.0f}" for s in studies)
     pairs = study.cells.replicas
     intervals = "; bars: 95 % intervals of the mean" if pairs > 1 else ", no intervals"
     return (
         f"{data_diet.scale(study.run, noise=False)}. Training error between two children after "
-        f"{data_diet.count(config('epochs'), 'epoch')} in all, parted at the spawn epoch; "
-        f"{data_diet.count(pairs, 'pair')}{intervals}. {config('examples'):g} examples of highest, "
+        f"{reading.count(config('epochs'), 'epoch')} in all, parted at the spawn epoch; "
+        f"{reading.count(pairs, 'pair')}{intervals}. {config('examples'):g} examples of highest, "
         f"of lowest EL2N at epoch {config('scored_at'):g}, and random ones; the children's own "
         f"error on the highest: {own} %. Logarithmic above 1."
     )

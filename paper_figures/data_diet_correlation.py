@@ -23,11 +23,12 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate
-from paper_figures import data_diet, data_diet_scores
+from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, PAPER, minus
+from paper_figures.data_diet import KIRSCH, PAPER
 from paper_figures.data_diet_scores import Scores, label, name_of, parts
 from paper_figures.draw import Look
+from paper_figures.reading import minus
 
 EXPERIMENT = "data_diet"
 STUDY = "Ranking"
@@ -75,7 +76,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(table),
+            table=reading.table(table),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -94,7 +95,7 @@ def _study(runs: Sequence[record.Run]) -> Study:
     scores = data_diet_scores.read(runs[0])
     if scores.replicas < FEWEST:
         raise ValueError(
-            f"{data_diet.where(runs[0])}: score.replicas must be >= {FEWEST} to compare halves of "
+            f"{reading.where(runs[0])}: score.replicas must be >= {FEWEST} to compare halves of "
             f"them, got {scores.replicas}"
         )
     early, last = scores.early, scores.last
@@ -153,7 +154,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
         scale=data_diet.scale(scores.run),
         unit="Spearman",
     )
-    noise = data_diet.number(scores.run, "noise")
+    noise = reading.number(scores.run, "noise")
     el2n, grand, init = (
         *(name_of(kind, scores.early) for kind in ("el2n", "grand")),
         name_of("grand", 0),
@@ -206,7 +207,7 @@ def _panel_matrix(fig: Figure, axes: Axes, study: Study) -> list[dict[str, Any]]
                   color=color, ha="center", va="center")  # fmt: skip
         series = f"{label(names[i])} ~ {label(names[j])}"
         e = Estimate(float(shown[i, j]), math.nan, math.nan)
-        table.append(data_diet.row("a", series, None, e, scores.replicas))
+        table.append(reading.row("a", series, None, e, scores.replicas))
     places = np.arange(len(names)) + 0.5
     axes.set_xticks(places, [label(name) for name in names], rotation=45, ha="right",
                     rotation_mode="anchor")  # fmt: skip
@@ -243,7 +244,7 @@ def _panel_runs(axes: Axes, study: Study) -> list[dict[str, Any]]:
     for look, (name, found) in zip(looks, study.agreement.items(), strict=False):
         counts = list(found)
         _line(axes, counts, list(found.values()), look, label(name))
-        rows = [data_diet.row("b", label(name), k, e, study.scores.replicas)
+        rows = [reading.row("b", label(name), k, e, study.scores.replicas)
                 for k, e in found.items()]  # fmt: skip
         table += rows
     axes.set_xscale("log")
@@ -272,7 +273,7 @@ def _caption(study: Study) -> str:
     scores = study.scores
     return (
         f"{data_diet.scale(scores.run)}. Scores after @ epochs of {scores.last:g}, high is hard in "
-        f"all. (a) Averaged over {data_diet.count(scores.replicas, 'run')}; bold: half of the runs "
+        f"all. (a) Averaged over {reading.count(scores.replicas, 'run')}; bold: half of the runs "
         "against the other half. (b) Averages over two sets of runs; bands: 95 % intervals over "
         "runs."
     )

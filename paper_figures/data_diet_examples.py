@@ -19,7 +19,7 @@ from matplotlib.patches import Rectangle
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate
-from paper_figures import data_diet, data_diet_scores
+from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import PAPER
 from paper_figures.data_diet_scores import Scores, average, name_of, parts
@@ -92,7 +92,7 @@ def draw(
         drawing.caption(fig, _caption(study, classes))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(_table(study)),
+            table=reading.table(_table(study)),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -108,7 +108,7 @@ def _study(runs: Sequence[record.Run]) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
     if len(runs) != 1:
         raise ValueError(f"{EXPERIMENT}: this figure is of one run, got {len(runs)}")
-    run, where = runs[0], data_diet.where(runs[0])
+    run, where = runs[0], reading.where(runs[0])
     scores = data_diet_scores.read(run)
     if scores.replicas < FEWEST:
         raise ValueError(
@@ -120,9 +120,9 @@ def _study(runs: Sequence[record.Run]) -> Study:
             f"{where} has no array 'shown': its data are no images, or a class has fewer examples "
             "than study.shown"
         )
-    n = len(data_diet.index(run))
-    shown = data_diet.array(run, "shown", 3).astype(np.int64)
-    labels, clean = (data_diet.array(run, k, 1).astype(np.int64) for k in ("labels", "clean"))
+    n = len(reading.index(run))
+    shown = reading.array(run, "shown", 3).astype(np.int64)
+    labels, clean = (reading.array(run, k, 1).astype(np.int64) for k in ("labels", "clean"))
     images = np.asarray(run.arrays.get("shown_images", np.empty(0)))
     color = images.ndim == 6 and images.shape[-1] == 3
     if len(shown) != 2 or shown.min() < 0 or shown.max() >= n:
@@ -237,7 +237,7 @@ def _number(value: float) -> str:
 
 
 def _classes(study: Study) -> list[str]:
-    source = data_diet.value(study.scores.run, "data", "source")
+    source = reading.value(study.scores.run, "data", "source")
     names: Sequence[str] = CLASSES.get(source, ()) if isinstance(source, str) else ()
     count = max(study.shown.shape[1], max(study.clean) + 1)
     return list(names) if len(names) == count else [str(c) for c in range(count)]
@@ -245,14 +245,14 @@ def _classes(study: Study) -> list[str]:
 
 def _table(study: Study) -> list[dict[str, Any]]:
     """A row for each image: EL2N against the label, and the true class in the series."""
-    mean, index, names = average(study.el2n), data_diet.index(study.scores.run), _classes(study)
+    mean, index, names = average(study.el2n), reading.index(study.scores.run), _classes(study)
     rows = []
     for end, c, s in np.ndindex(study.shown.shape):
         row = study.shown[end, c, s]
         series = f"true class {names[study.clean[int(row)]]}"
         e = Estimate(float(mean[row]), math.nan, math.nan)
         rows.append(
-            data_diet.row("ab"[end], series, names[c], e, study.scores.replicas)
+            reading.row("ab"[end], series, names[c], e, study.scores.replicas)
             | {"index": int(index[row])}
         )
     return rows
@@ -262,8 +262,8 @@ def _caption(study: Study, classes: int) -> str:
     scores = study.scores
     some = study.shown.shape[1]
     text = f"{data_diet.scale(study.scores.run)}. Under each image its EL2N after "
-    text += f"{data_diet.count(scores.early, 'epoch')}, averaged over "
-    text += f"{data_diet.count(scores.replicas, 'run')}."
+    text += f"{reading.count(scores.early, 'epoch')}, averaged over "
+    text += f"{reading.count(scores.replicas, 'run')}."
     if study.wrong[study.shown[:, :classes]].any():
         text += " Framed: the label is wrong; in the corner, the true class."
     return text + (f" The first {classes} of {some} classes." if classes < some else "")

@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate
-from paper_figures import data_diet, data_diet_scores
+from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import KIRSCH, PAPER
 from paper_figures.data_diet_scores import LABELS, Scores, name_of
@@ -95,7 +95,7 @@ def draw(
         drawing.caption(fig, _caption(studies))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(table),
+            table=reading.table(table),
             claims=claims,
             fingerprints=[study.scores.run.fingerprint for study in studies],
         )
@@ -108,7 +108,7 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_mislabelled"
 
 
 def _studies(runs: Sequence[record.Run]) -> list[Study]:
-    noisy = [run for run in runs if data_diet.number(run, "noise")]
+    noisy = [run for run in runs if reading.number(run, "noise")]
     if not noisy:
         fingerprints = ", ".join(run.fingerprint for run in runs)
         raise ValueError(
@@ -123,7 +123,7 @@ def _study(run: record.Run) -> Study:
     scores, wrong = data_diet_scores.read(run), data_diet_scores.flags(run)
     if wrong.all() or not wrong.any():
         raise ValueError(
-            f"{data_diet.where(run)}: some of its labels must be wrong and some right, got "
+            f"{reading.where(run)}: some of its labels must be wrong and some right, got "
             f"{int(wrong.sum())} wrong of {len(wrong)}"
         )
     names = {}
@@ -143,13 +143,13 @@ def _study(run: record.Run) -> Study:
 def _single(run: record.Run, scores: Scores) -> np.ndarray:
     found = {
         int(replica): float(auc)
-        for score, epoch, replica, auc in data_diet.columns(run, "score", "epoch", "replica", "auc")
+        for score, epoch, replica, auc in reading.columns(run, "score", "epoch", "replica", "auc")
         if score == "el2n" and epoch == scores.early and replica >= 0
     }
     values = np.array([found[replica] for replica in sorted(found)])
     if len(values) != scores.replicas or not ((values >= 0) & (values <= 1)).all():
         raise ValueError(
-            f"{data_diet.where(run)} must have a row of auc in [0, 1] for el2n at epoch "
+            f"{reading.where(run)} must have a row of auc in [0, 1] for el2n at epoch "
             f"{scores.early:g} and each of {scores.replicas} replicas, got {values.tolist()}"
         )
     return values
@@ -167,10 +167,10 @@ def _claims(study: Study, figure: str) -> list[Claim]:
         scale=data_diet.scale(scores.run),
         unit="AUC",
     )
-    early = f"after {data_diet.count(scores.early, 'epoch')}"
-    late = f"after {data_diet.count(scores.last, 'epoch')}"
+    early = f"after {reading.count(scores.early, 'epoch')}"
+    late = f"after {reading.count(scores.last, 'epoch')}"
     el2n, aum = name_of("el2n", scores.early), name_of("aum", scores.last)
-    average = f"averaged over {data_diet.count(scores.replicas, 'run')}"
+    average = f"averaged over {reading.count(scores.replicas, 'run')}"
     claims = [
         judge(study.auc(el2n), paper=PAPER, statement=EARLY, at_least=0.98,
               quantity=f"AUC of EL2N {early}, {average}"),
@@ -268,7 +268,7 @@ def _panel_epochs(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
         if np.isfinite(np.array(found)).all() and len(x) > 1:
             axes.fill_between(x, low, high, color=look.color, alpha=0.18, lw=0)
         seeds = study.scores.replicas
-        table += [data_diet.row(panel, label, at, e, seeds) for at, e in zip(x, found, strict=True)]
+        table += [reading.row(panel, label, at, e, seeds) for at, e in zip(x, found, strict=True)]
     axes.axhline(0.5, color="#BBBBBB", lw=0.8, zorder=1)
     axes.axvline(study.scores.early, color="#BBBBBB", lw=0.6, ls=(0, (2, 2)), zorder=1)
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
@@ -288,10 +288,10 @@ def _panel_epochs(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
 
 def _caption(studies: Sequence[Study]) -> str:
     scores = studies[0].scores
-    runs = data_diet.count(scores.replicas, "run")
+    runs = reading.count(scores.replicas, "run")
     return (
         f"{data_diet.scale(scores.run, noise=False)}. Scores averaged over {runs} of "
-        f"{data_diet.count(scores.last, 'epoch')}; left, after {scores.early:g} (dashed on the "
+        f"{reading.count(scores.last, 'epoch')}; left, after {scores.early:g} (dashed on the "
         "right), false alarms logarithmic; right, bands: 95 % intervals over runs. TracIn sums "
         "over all epochs. "
         "Grey: chance. Forgetting: never learned counts as hardest."

@@ -22,9 +22,10 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from dynamics import record
 from dynamics.statistics import Claim, Estimate, Paired
-from paper_figures import data_diet, panels
+from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, Cells, Key, Said, count, minus, percent, row
+from paper_figures.data_diet import KIRSCH, said
+from paper_figures.reading import Cells, Key, count, minus, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Pruning"
@@ -43,26 +44,26 @@ METHODS = {  # as the rows name them -> as the reader sees them; in the order of
     "random": "random",
     "full": "all data",
 }
-HARD = Said(
+HARD = said(
     "The examples of highest EL2N early in training are the ones to keep: they train a better "
     "network than as many drawn at random."
 )
-HARD_NOISE = Said(
+HARD_NOISE = said(
     "With wrong labels among them, the examples of highest EL2N are the ones to leave out: trained "
     "on them alone, a network fails."
 )
-EASY = Said(
+EASY = said(
     "The examples of lowest EL2N are the ones training can do without: alone, they train a worse "
     "network than as many drawn at random."
 )
-SAME = Said("EL2N, which needs no gradient, ranks examples as GraNd does once training has begun.")
-NORM = Said(
+SAME = said("EL2N, which needs no gradient, ranks examples as GraNd does once training has begun.")
+NORM = said(
     "GraNd at initialisation ranks examples by little more than the norm of their input.", KIRSCH
 )
-CHANCE = Said(
+CHANCE = said(
     "Pruning half by GraNd at initialisation does not reproduce: no better than chance.", KIRSCH
 )
-NO_BETTER = Said(
+NO_BETTER = said(
     "What GraNd at initialisation keeps is no better than the inputs of largest norm, which need "
     "no network at all.",
     KIRSCH,
@@ -109,7 +110,7 @@ def draw(
 
     ValueError: the run lacks something, named.
     """
-    study = _study(data_diet.only(runs))
+    study = _study(reading.only(runs))
     rhos = _correlations(study)
     claims = _claims(study, rhos, name)
     with drawing.style("full"):
@@ -124,7 +125,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -133,7 +134,7 @@ def draw(
 
 def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_pruning") -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    study = _study(data_diet.only(runs))
+    study = _study(reading.only(runs))
     return _claims(study, _correlations(study), figure)
 
 
@@ -142,27 +143,27 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_pruning") ->
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    accuracy = data_diet.cells(run, "method", "fraction")
+    accuracy = reading.cells(run, "method", "fraction")
     fractions = accuracy.places(method="random")
-    asked = data_diet.value(run, "study", "methods")
+    asked = reading.value(run, "study", "methods")
     unknown = [method for method in asked if method not in METHODS]
     if unknown:
-        raise ValueError(f"{data_diet.where(run)}: no name for method {unknown[0]!r} in a figure")
+        raise ValueError(f"{reading.where(run)}: no name for method {unknown[0]!r} in a figure")
     accuracy.of("full", 1.0)
     for method in ("random", *asked):
         for fraction in fractions or (KEPT,):
             accuracy.of(method, fraction)
     names = ["el2n", "grand"] + ["grand_init"] * ("grand_init" in run.arrays)
     scores = dict(zip(names, data_diet.scores(run, *names), strict=True))
-    scores["input_norm"] = data_diet.array(run, "input_norm", 1)[None]
+    scores["input_norm"] = reading.array(run, "input_norm", 1)[None]
     if scores["input_norm"].shape[1] != scores["el2n"].shape[1]:
         raise ValueError(
-            f"{data_diet.where(run)}: 'input_norm' must be of the {scores['el2n'].shape[1]} "
+            f"{reading.where(run)}: 'input_norm' must be of the {scores['el2n'].shape[1]} "
             f"examples scored, got {scores['input_norm'].shape[1]}"
         )
     notes = " Every class keeps the same fraction." * bool(run.config["study"].get("balanced"))
     if "coverage" in asked:
-        cutoff = data_diet.number(run, "study", "cutoff")
+        cutoff = reading.number(run, "study", "cutoff")
         notes += f" Coverage-centric without the hardest {percent(cutoff)}."
     return Study(
         accuracy=accuracy,
@@ -170,10 +171,10 @@ def _study(run: record.Run) -> Study:
         methods=tuple(m for m in METHODS if m in asked and m != "random"),
         fractions=fractions,
         scores=scores,
-        index=data_diet.index(run),
-        noise=data_diet.number(run, "noise"),
-        scored_at=data_diet.number(run, "study", "scored_at"),
-        trained=data_diet.number(run, "study", "epochs"),
+        index=reading.index(run),
+        noise=reading.number(run, "noise"),
+        scored_at=reading.number(run, "study", "scored_at"),
+        trained=reading.number(run, "study", "epochs"),
         notes=notes,
         scale=data_diet.scale(run),
     )
@@ -190,16 +191,18 @@ def _correlations(study: Study) -> dict[tuple[str, str], Estimate]:
 
 
 def _claims(study: Study, rhos: Mapping[tuple[str, str], Estimate], figure: str) -> list[Claim]:
-    fraction = data_diet.nearest(study.fractions, KEPT)
+    fraction = reading.nearest(study.fractions, KEPT)
     at = f"at {percent(fraction)} kept"
     at += f" (nearest to {percent(KEPT)})" if fraction != KEPT else ""
-    points = data_diet.judging(figure, study.scale, study.accuracy.replicas)
-    rank = data_diet.judging(figure, study.scale, len(study.scores["el2n"]), "Spearman")
+    points = reading.judging(figure, study.scale, study.accuracy.replicas)
+    rank = reading.judging(figure, study.scale, len(study.scores["el2n"]), "Spearman")
     claims = []
     if "el2n_hard" in study.methods:
         found, quantity = study.difference("el2n_hard", fraction), f"hard - random {at}"
-        said, gate = (HARD_NOISE, {"at_most": -30.0}) if study.noise else (HARD, {"at_least": 0.5})
-        claims.append(points(found, quantity, said, **gate))
+        claimed, gate = (
+            (HARD_NOISE, {"at_most": -30.0}) if study.noise else (HARD, {"at_least": 0.5})
+        )
+        claims.append(points(found, quantity, claimed, **gate))
     if "el2n_easy" in study.methods and not study.noise:
         found = study.difference("el2n_easy", fraction)
         claims.append(points(found, f"easy - random {at}", EASY, at_most=-5.0))

@@ -20,9 +20,10 @@ from matplotlib.axes import Axes
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Paired
-from paper_figures import data_diet, panels
+from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import Cells, Said, count, minus, percent, row
+from paper_figures.data_diet import said
+from paper_figures.reading import Cells, Said, count, minus, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Rescoring"
@@ -46,31 +47,31 @@ COMPARED = {  # a - b at the end
     ("random_again", "random"): "again - once, random",
 }
 
-NOTHING_LOST = Said(
+NOTHING_LOST = said(
     "A network that goes on choosing its own hardest examples by EL2N loses nothing against "
     "training on all of them.",
     ATTENDU,
 )
-BETTER = Said("Choosing anew while training serves better than to choose once.", ATTENDU)
-HARDER = Said(
+BETTER = said("Choosing anew while training serves better than to choose once.", ATTENDU)
+HARDER = said(
     "What is hardest at the time is a better choice than as many drawn anew at random.", OURS
 )
-FAILS = Said(
+FAILS = said(
     "With wrong labels among them, a network that trains on what it finds hardest after a warm-up "
     "fails.",
     OURS,
 )
-RECOVERS = Said(
+RECOVERS = said(
     "While a network learns the wrong labels it forgets the right ones, so that choosing anew "
     "alternates between them: better than to stay with the wrong ones.",
     OURS,
 )
-NEW = Said(
+NEW = said(
     "Drawing anew at random helps as well, for more examples are seen: what re-scoring adds is to "
     "be measured against that.",
     OURS,
 )
-WARM = Said("Until the first choice all ways to choose are the same run.", OURS)
+WARM = said("Until the first choice all ways to choose are the same run.", OURS)
 
 
 class Study(NamedTuple):
@@ -117,7 +118,7 @@ def draw(
         drawing.caption(fig, _caption(runs[0], studies[0]))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -131,14 +132,14 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_rescoring") 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    accuracy = data_diet.cells(run, "method", "epoch")
+    accuracy = reading.cells(run, "method", "epoch")
     epochs = accuracy.places(method="full")
     if len(epochs) < 2:
-        raise ValueError(f"{data_diet.where(run)} has no rows for method 'full' at two epochs")
+        raise ValueError(f"{reading.where(run)} has no rows for method 'full' at two epochs")
     for method, epoch in itertools.product(METHODS, epochs):
         accuracy.of(method, epoch)
     overlap: dict[str, dict[float, list[float]]] = {}
-    for method, epoch, part in data_diet.columns(run, "method", "epoch", "overlap"):
+    for method, epoch, part in reading.columns(run, "method", "epoch", "overlap"):
         epoch = round(epoch, 6)
         if part is None or not part >= 0 or epoch == epochs[-1]:
             continue  # the first choice has none before it, and at the end nothing is chosen
@@ -147,21 +148,21 @@ def _study(run: record.Run) -> Study:
         accuracy=accuracy,
         overlap=overlap,
         epochs=epochs,
-        kept=data_diet.number(run, "study", "kept"),
-        every=data_diet.number(run, "study", "every"),
-        noise=data_diet.number(run, "noise"),
+        kept=reading.number(run, "study", "kept"),
+        every=reading.number(run, "study", "every"),
+        noise=reading.number(run, "noise"),
         labels=data_diet.labels(run),
         scale=data_diet.scale(run),
     )
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    points = data_diet.judging(figure, study.scale, study.accuracy.replicas)
+    points = reading.judging(figure, study.scale, study.accuracy.replicas)
     at, first = f"({percent(study.kept)} kept)", study.epochs[0]
 
-    def claim(a: str, b: str, said: Said, **options: Any) -> Claim:
+    def claim(a: str, b: str, claimed: Said, **options: Any) -> Claim:
         quantity = COMPARED.get((a, b), f"{METHODS[a][1]} - {METHODS[b][1]}")
-        return points(study.at_end(a, b), f"{quantity} {at}", said, **options)
+        return points(study.at_end(a, b), f"{quantity} {at}", claimed, **options)
 
     if study.noise:
         late = study.epochs[-2:]  # choices alternate: one of each kind

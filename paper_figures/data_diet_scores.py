@@ -7,7 +7,7 @@ import numpy as np
 
 from dynamics import record, statistics
 from dynamics.statistics import Estimate
-from paper_figures import data_diet
+from paper_figures import data_diet, reading
 
 LABELS = {  # as the arrays name them -> as the reader sees them
     "el2n": "EL2N",
@@ -50,11 +50,11 @@ class Scores(NamedTuple):
         An example that a run was not yet shown has NaN, one it never learned infinity.
         """
         ndim = 1 if name == "input_norm" else 2
-        found = np.atleast_2d(data_diet.array(self.run, name, ndim, finite=False))
-        shape = (len(found) if ndim == 1 else self.replicas, len(data_diet.index(self.run)))
+        found = np.atleast_2d(reading.array(self.run, name, ndim, finite=False))
+        shape = (len(found) if ndim == 1 else self.replicas, len(reading.index(self.run)))
         if found.shape != shape:
             raise ValueError(
-                f"{data_diet.where(self.run)}: array {name!r} must be of {shape[0]} replicas and "
+                f"{reading.where(self.run)}: array {name!r} must be of {shape[0]} replicas and "
                 f"{shape[1]} examples, got shape {found.shape}"
             )
         return -found if name.partition("@")[0] in LOW else found
@@ -72,10 +72,10 @@ class Scores(NamedTuple):
 
 def read(run: record.Run) -> Scores:
     """The scores of a run of study Ranking. ValueError: a replica diverged, or EL2N is lacking."""
-    epochs = data_diet.value(run, "score", "epochs")
+    epochs = reading.value(run, "score", "epochs")
     if not isinstance(epochs, list | tuple) or not epochs:
-        raise ValueError(f"{data_diet.where(run)}: 'score.epochs' must be a list, got {epochs!r}")
-    early = data_diet.number(run, "study", "scored_at")
+        raise ValueError(f"{reading.where(run)}: 'score.epochs' must be a list, got {epochs!r}")
+    early = reading.number(run, "study", "scored_at")
     (el2n,) = data_diet.scores(run, name_of("el2n", early))
     return Scores(run, early, tuple(sorted(float(e) for e in epochs)), len(el2n))
 
@@ -108,10 +108,10 @@ def parts(replicas: np.ndarray, count: int) -> np.ndarray:
 
 def flags(run: record.Run, name: str = "mislabelled") -> np.ndarray:
     """bool[N]: the examples whose labels are wrong."""
-    found, count = run.arrays.get(name), len(data_diet.index(run))
+    found, count = run.arrays.get(name), len(reading.index(run))
     if found is None or found.dtype != bool or found.shape != (count,):
         got = "none" if found is None else f"{found.dtype} of shape {found.shape}"
-        raise ValueError(f"{data_diet.where(run)}: array {name!r} must be bool[{count}], got {got}")
+        raise ValueError(f"{reading.where(run)}: array {name!r} must be bool[{count}], got {got}")
     return found
 
 

@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 
 from dynamics import record
 from dynamics.statistics import Claim, Paired
-from paper_figures import data_diet, panels
+from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, OURS, Cells, Key, Said, count, percent, row
+from paper_figures.data_diet import KIRSCH, OURS, said
+from paper_figures.reading import Cells, Key, count, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Timing"
@@ -36,25 +37,25 @@ METHODS = {  # as the rows name them -> as the reader sees them
 OTHERS = {"random": "random", "full": "all data"}
 EARLY = 5.0  # the claims' epoch: a few
 
-FEW = Said(
+FEW = said(
     "EL2N of a few epochs is enough to choose by: the hardest examples train a better network than "
     "as many drawn at random."
 )
-LATER = Said("Scores of more epochs choose no better than those of a few.")
-INIT = Said(
+LATER = said("Scores of more epochs choose no better than those of a few.")
+INIT = said(
     "EL2N is of no consistent use before training: at initialisation it beats no random choice."
 )
-GRAND_INIT = Said(
+GRAND_INIT = said(
     "GraNd at initialisation, by which the submission of Data Diet prunes, does not reproduce: it "
     "keeps no better examples than chance.",
     KIRSCH,
 )
-NOISE = Said(
+NOISE = said(
     "With wrong labels among them the hardest examples are the ones to leave out, whenever after "
     "the start of training they are scored.",
     OURS,
 )
-BLIND = Said(
+BLIND = said(
     "Before training, scores cannot tell which labels are wrong: what they keep harms less.", OURS
 )
 
@@ -104,7 +105,7 @@ def draw(
         drawing.caption(fig, _caption(runs[0], studies))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -118,31 +119,31 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_timing") -> 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    accuracy = data_diet.cells(run, "method", "scored_at")
+    accuracy = reading.cells(run, "method", "scored_at")
     for method in OTHERS:
         accuracy.of(method, None)
-    asked = [f"{method}_hard" for method in data_diet.value(run, "study", "methods")]
+    asked = [f"{method}_hard" for method in reading.value(run, "study", "methods")]
     if unknown := [method for method in asked if method not in METHODS]:
-        raise ValueError(f"{data_diet.where(run)}: no name for method {unknown[0]!r} in a figure")
+        raise ValueError(f"{reading.where(run)}: no name for method {unknown[0]!r} in a figure")
     epochs = {method: accuracy.places(method=method) for method in METHODS if method in asked}
     for method in epochs:
         if not any(epochs[method]):
-            raise ValueError(f"{data_diet.where(run)} has no rows for {method!r} after epoch 0")
+            raise ValueError(f"{reading.where(run)} has no rows for {method!r} after epoch 0")
     return Study(
         accuracy=accuracy,
         bereft=data_diet.bereft(run, "method", "scored_at"),
         epochs=epochs,
-        kept=data_diet.number(run, "study", "kept"),
-        noise=data_diet.number(run, "noise"),
-        scorings=int(data_diet.number(run, "score", "replicas")),
-        trained=data_diet.number(run, "study", "epochs"),
+        kept=reading.number(run, "study", "kept"),
+        noise=reading.number(run, "noise"),
+        scorings=int(reading.number(run, "score", "replicas")),
+        trained=reading.number(run, "study", "epochs"),
         labels=data_diet.labels(run),
         scale=data_diet.scale(run),
     )
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    points = data_diet.judging(figure, study.scale, study.accuracy.replicas)
+    points = reading.judging(figure, study.scale, study.accuracy.replicas)
     at = f"at {percent(study.kept)} kept"
     claims = []
     if "el2n_hard" in study.epochs:
@@ -155,7 +156,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
 
 def _clean(study: Study, points: Callable[..., Claim], at: str) -> list[Claim]:
     epochs = study.epochs["el2n_hard"]
-    early, last = data_diet.nearest([e for e in epochs if e], EARLY), epochs[-1]
+    early, last = reading.nearest([e for e in epochs if e], EARLY), epochs[-1]
     quantity = f"EL2N after {count(early, 'epoch')}"
     claims = [
         points(study.after("el2n_hard", early), f"{quantity} - random {at}", FEW, at_least=0.5)
@@ -176,7 +177,7 @@ def _noisy(study: Study, points: Callable[..., Claim], at: str) -> list[Claim]:
     quantity = f"EL2N - random {at}, the highest of epochs {trained[0]:g} to {trained[-1]:g}"
     claims = [points(best, quantity, NOISE, at_most=-30.0)]
     if 0.0 in epochs:
-        early = data_diet.nearest(trained, EARLY)
+        early = reading.nearest(trained, EARLY)
         found = study.after("el2n_hard", 0, early)
         quantity = f"EL2N at epoch 0 - after {early:g} {at}"
         claims.append(points(found, quantity, BLIND, control=True, at_least=10.0))

@@ -19,9 +19,10 @@ from matplotlib.axes import Axes
 
 from dynamics import record
 from dynamics.statistics import Claim, Estimate, Paired
-from paper_figures import data_diet, panels
+from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import OURS, Cells, Said, count, minus, percent, row
+from paper_figures.data_diet import OURS, said
+from paper_figures.reading import Cells, count, minus, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Transfer"
@@ -45,10 +46,10 @@ FAILS = (
     "own choice does."
 )
 RANKS = "Settings that differ in {} rank the examples alike."
-RANDOM = Said(
+RANDOM = said(
     "Random subsets are no match for a network's own scores: a worse choice would be seen.", OURS
 )
-RANDOM_NOISE = Said(
+RANDOM_NOISE = said(
     "Random subsets do not fail: another choice than a network's own would be seen.", OURS
 )
 
@@ -102,7 +103,7 @@ def draw(
         drawing.caption(fig, _caption(runs[0], studies[0]))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -116,15 +117,15 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_transfer") -
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    accuracy = data_diet.cells(run, "target", "source")
+    accuracy = reading.cells(run, "target", "source")
     for target in SETTINGS:
         for source in (*SETTINGS, "random", "full"):
             accuracy.of(target, source)
     found = data_diet.scores(run, *(f"el2n_{setting}" for setting in SETTINGS))
-    model = data_diet.model(data_diet.value(run, "model"))
-    rate = data_diet.number(run, "train", "learning_rate")
-    other_rate = data_diet.number(run, "study", "learning_rate")
-    other = data_diet.model(data_diet.value(run, "study", "model"))
+    model = reading.model(reading.value(run, "model"))
+    rate = reading.number(run, "train", "learning_rate")
+    other_rate = reading.number(run, "study", "learning_rate")
+    other = reading.model(reading.value(run, "study", "model"))
     return Study(
         accuracy=accuracy,
         scores=dict(zip(SETTINGS, found, strict=True)),
@@ -133,34 +134,34 @@ def _study(run: record.Run) -> Study:
             "model": f"{other}, rate {rate:g}",
             "rate": f"{model}, rate {other_rate:g}",
         },
-        kept=data_diet.number(run, "study", "kept"),
-        noise=data_diet.number(run, "noise"),
-        scored_at=data_diet.number(run, "study", "scored_at"),
-        trained=data_diet.number(run, "study", "epochs"),
+        kept=reading.number(run, "study", "kept"),
+        noise=reading.number(run, "noise"),
+        scored_at=reading.number(run, "study", "scored_at"),
+        trained=reading.number(run, "study", "epochs"),
         labels=data_diet.labels(run),
         scale=data_diet.scale(run),
     )
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    points = data_diet.judging(figure, study.scale, study.accuracy.replicas)
-    rank = data_diet.judging(figure, study.scale, len(study.scores["own"]), "Spearman")
+    points = reading.judging(figure, study.scale, study.accuracy.replicas)
+    rank = reading.judging(figure, study.scale, len(study.scores["own"]), "Spearman")
     at = f"at {percent(study.kept)} kept"
     claims = []
     for thing, pairs in FOREIGN.items():
         if study.noise:
             found = max((study.over(*pair) for pair in pairs), key=lambda p: p.mean)
             quantity = f"scores of the other {thing} - random {at}, the higher of 2 ways"
-            said = Said(FAILS.format(thing), OURS)
-            claims.append(points(found, quantity, said, at_most=-30.0))
+            claimed = said(FAILS.format(thing), OURS)
+            claims.append(points(found, quantity, claimed, at_most=-30.0))
         else:
             found = min((study.over(t, s, t) for t, s in pairs), key=lambda p: p.mean)
             quantity = f"scores of the other {thing} - own {at}, the lower of 2 ways"
-            claims.append(points(found, quantity, Said(PRUNES.format(thing)), at_least=-1.0))
+            claims.append(points(found, quantity, said(PRUNES.format(thing)), at_least=-1.0))
     for thing, ((a, b), _) in FOREIGN.items():
         quantity = f"Spearman(EL2N, EL2N of the other {thing})"
-        said = Said(RANKS.format(thing), OURS)
-        claims.append(rank(study.ranks(a, b), quantity, said, at_least=0.9))
+        claimed = said(RANKS.format(thing), OURS)
+        claims.append(rank(study.ranks(a, b), quantity, claimed, at_least=0.9))
     found, quantity = study.over("own", "random", "own"), f"random - own scores {at}"
     if study.noise:
         return [*claims, points(found, quantity, RANDOM_NOISE, control=True, at_least=30.0)]

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate
-from paper_figures import data_diet, data_diet_scores
+from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import PAPER
 
@@ -95,7 +95,7 @@ def draw(
         drawing.caption(fig, _caption(studies))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(table),
+            table=reading.table(table),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -109,15 +109,15 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_velocity") -
 
 def _study(whole: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    where = data_diet.where(whole)
-    (orders,) = zip(*data_diet.columns(whole, "order"), strict=True) if len(whole.rows) else ((),)
+    where = reading.where(whole)
+    (orders,) = zip(*reading.columns(whole, "order"), strict=True) if len(whole.rows) else ((),)
     if set(orders) != {"el2n", "random"}:
         raise ValueError(f"{where} must have rows of order 'el2n' and 'random', got {set(orders)}")
     run, control = (
         whole._replace(rows=whole.rows.filter(whole.rows["order"] == order))
         for order in ("el2n", "random")
     )
-    cells = data_diet.cells(run, "rank", "epoch", of="velocity", within=(0.0, 2.0), times=1.0)
+    cells = reading.cells(run, "rank", "epoch", of="velocity", within=(0.0, 2.0), times=1.0)
     ranks, epochs = (tuple(sorted({key[i] for key in cells.values})) for i in (0, 1))
     if len(ranks) < FEWEST:
         raise ValueError(f"{where} must have rows of {FEWEST} groups or more, got {len(ranks)}")
@@ -125,14 +125,14 @@ def _study(whole: record.Run) -> Study:
     if not (velocity > 0).all():
         raise ValueError(f"{where}: velocity must be above 0 to compare its sizes")
     parts: dict[float, set[float]] = {}
-    for rank, part in data_diet.columns(run, "rank", "mislabelled"):
+    for rank, part in reading.columns(run, "rank", "mislabelled"):
         parts.setdefault(round(float(rank), 6), set()).add(float(part))
     wrong = np.array([max(parts[rank]) for rank in ranks])
     if any(len(found) > 1 for found in parts.values()) or not ((wrong >= 0) & (wrong <= 1)).all():
         raise ValueError(f"{where}: mislabelled must be one part in [0, 1] for each group")
     if not (wrong < 0.5).any() or wrong[0] >= 0.5:
         raise ValueError(f"{where}: the group of lowest EL2N must have right labels")
-    cells = data_diet.cells(control, "rank", "epoch", of="velocity", within=(0.0, 2.0), times=1.0)
+    cells = reading.cells(control, "rank", "epoch", of="velocity", within=(0.0, 2.0), times=1.0)
     ends = [np.log([cells.of(ranks[i], epoch) for epoch in epochs]).mean(axis=0) for i in (0, -1)]
     return Study(velocity, epochs, ranks, wrong, np.array(ends), run)
 
@@ -199,7 +199,7 @@ def _panel_velocity(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]
         if np.isfinite(low).all():
             axes.fill_between(study.ranks, low, high, color=color, alpha=0.18, lw=0)
         pairs = zip(study.ranks, found, strict=True)
-        table += [data_diet.row(panel, f"epoch {epoch}", rank, e, seeds) for rank, e in pairs]
+        table += [reading.row(panel, f"epoch {epoch}", rank, e, seeds) for rank, e in pairs]
     axes.set_yscale("log")
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="y")
@@ -221,12 +221,12 @@ def _panel_ratio(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
     if np.isfinite(low).all():
         axes.fill_between(study.ranks, low, high, color="black", alpha=0.13, lw=0, zorder=2)
     pairs = zip(study.ranks, found, strict=True)
-    table += [data_diet.row(panel, "mean of epochs", rank, e, seeds) for rank, e in pairs]
+    table += [reading.row(panel, "mean of epochs", rank, e, seeds) for rank, e in pairs]
     axes.axhline(1, color="#777777", lw=0.8, ls="--", zorder=1)
     _bars(axes, study)
     pairs = zip(study.ranks, study.wrong.tolist(), strict=True)
     nothing = (math.nan, math.nan)
-    table += [data_diet.row(panel, "wrong labels", rank, Estimate(part, *nothing), None)
+    table += [reading.row(panel, "wrong labels", rank, Estimate(part, *nothing), None)
               for rank, part in pairs]  # fmt: skip
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
@@ -247,11 +247,11 @@ def _bars(axes: Axes, study: Study) -> None:
 
 def _caption(studies: Sequence[Study]) -> str:
     study = studies[0]
-    config = functools.partial(data_diet.number, study.run, "study")
+    config = functools.partial(reading.number, study.run, "study")
     seeds = study.velocity.shape[2]
     bands = "; bands: 95 % intervals" if seeds > 1 else ", no intervals"
-    text = f"{data_diet.scale(study.run, noise=False)}; {data_diet.count(seeds, 'run')} of "
-    text += f"{data_diet.count(config('epochs'), 'epoch')}{bands}. Groups of "
+    text = f"{data_diet.scale(study.run, noise=False)}; {reading.count(seeds, 'run')} of "
+    text += f"{reading.count(config('epochs'), 'epoch')}{bands}. Groups of "
     text += f"{config('examples'):g} examples by EL2N at epoch {config('scored_at'):g}; how far "
     text += "their kernel turns over the epoch that ends there; below, as a multiple of the lowest "
     text += "group's in the same run."

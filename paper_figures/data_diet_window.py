@@ -18,9 +18,10 @@ from matplotlib.axes import Axes
 
 from dynamics import record
 from dynamics.statistics import Claim, Paired
-from paper_figures import data_diet, panels
+from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import OURS, Cells, Key, Said, count, percent, row
+from paper_figures.data_diet import OURS, said
+from paper_figures.reading import Cells, Key, count, percent, row
 
 EXPERIMENT = "data_diet"
 STUDY = "Window"
@@ -32,19 +33,19 @@ OTHERS = {"easy": "EL2N (easiest)", "random": "random", "full": "all data"}  # -
 DROPPED = 0.25  # the claims' window with wrong labels; where the digits gate was set
 FROM = 0.05  # the smallest window of the clean control
 
-FAILS = Said("With wrong labels, the examples of highest EL2N train a network that fails.")
-WINDOWED = Said(
+FAILS = said("With wrong labels, the examples of highest EL2N train a network that fails.")
+WINDOWED = said(
     "With wrong labels, the examples to keep are those below the very hardest: they train a better "
     "network than as many drawn at random."
 )
-TOO_FEW = Said(
+TOO_FEW = said(
     "Leaving out fewer than are wrong does not help: the window is still full of them.", OURS
 )
-HARD = Said(
+HARD = said(
     "The examples of highest EL2N early in training are the ones to keep: they train a better "
     "network than as many drawn at random."
 )
-CLEAN = Said(
+CLEAN = said(
     "On clean labels next to none of the hardest need be left out (1 % on CIFAR-10): a window well "
     "below them is no better than the hardest themselves."
 )
@@ -91,7 +92,7 @@ def draw(
         drawing.caption(fig, _caption(runs[0], studies))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint for run in runs],
         )
@@ -105,28 +106,28 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_window") -> 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    accuracy = data_diet.cells(run, "method", "dropped")
+    accuracy = reading.cells(run, "method", "dropped")
     dropped = accuracy.places(method="window")
     if not dropped:
-        raise ValueError(f"{data_diet.where(run)} has no rows for method 'window'")
+        raise ValueError(f"{reading.where(run)} has no rows for method 'window'")
     for method in OTHERS:
         accuracy.of(method, None)
     return Study(
         accuracy=accuracy,
         bereft=data_diet.bereft(run, "method", "dropped"),
         dropped=dropped,
-        kept=data_diet.number(run, "study", "kept"),
-        examples=len(data_diet.index(run)),
-        noise=data_diet.number(run, "noise"),
-        scored_at=data_diet.number(run, "study", "scored_at"),
-        trained=data_diet.number(run, "study", "epochs"),
+        kept=reading.number(run, "study", "kept"),
+        examples=len(reading.index(run)),
+        noise=reading.number(run, "noise"),
+        scored_at=reading.number(run, "study", "scored_at"),
+        trained=reading.number(run, "study", "epochs"),
         labels=data_diet.labels(run),
         scale=data_diet.scale(run),
     )
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    points = data_diet.judging(figure, study.scale, study.accuracy.replicas)
+    points = reading.judging(figure, study.scale, study.accuracy.replicas)
     at, dropped = f"at {percent(study.kept)} kept", study.dropped
     return [
         *_hardest(study, points, at),
@@ -145,12 +146,12 @@ def _hardest(study: Study, points: Callable[..., Claim], at: str) -> list[Claim]
 
 
 def _noisy(study: Study, points: Callable[..., Claim], at: str) -> list[Claim]:
-    part = data_diet.nearest(study.dropped, DROPPED)
+    part = reading.nearest(study.dropped, DROPPED)
     near = "" if part == DROPPED else f" (nearest to {percent(DROPPED)})"
     quantity = f"window without the hardest {percent(part)}{near} - random {at}"
     claims = [points(study.window(part), quantity, WINDOWED, at_least=4.0)]
     if few := [part for part in study.dropped if 0 < part <= study.noise / 2]:
-        part = data_diet.nearest(few, study.noise / 4)
+        part = reading.nearest(few, study.noise / 4)
         quantity = f"window without the hardest {percent(part)} - random {at}"
         claims.append(points(study.window(part), quantity, TOO_FEW, control=True, at_most=-10.0))
     return claims

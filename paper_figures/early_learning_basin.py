@@ -15,11 +15,11 @@ from matplotlib.axes import Axes
 
 from dynamics import record
 from dynamics.statistics import UNBOUNDED, Claim, Estimate
-from paper_figures import data_diet
 from paper_figures import draw as drawing
-from paper_figures.data_diet import Said, row
+from paper_figures import reading
 from paper_figures.draw import Look
 from paper_figures.early_learning_theory import OURS
+from paper_figures.reading import Said, row
 
 EXPERIMENT = "early_learning_theory"
 STUDY = "Basin"
@@ -85,7 +85,7 @@ def draw(
 
     ValueError: the run lacks something, named.
     """
-    run = data_diet.only(runs)
+    run = reading.only(runs)
     study = _study(run)
     claims = _claims(study, name)
     with drawing.style("full"):
@@ -99,7 +99,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint],
         )
@@ -108,35 +108,35 @@ def draw(
 
 def measure(runs: Sequence[record.Run], *, figure: str = "early_learning_basin") -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    return _claims(_study(data_diet.only(runs)), figure)
+    return _claims(_study(reading.only(runs)), figure)
 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
     cases: dict[str, dict[float, tuple[float, float]]] = {name: {} for name in LOOKS}
     names = ("case", "elr_lambda", "measured", "predicted")
-    for case, elr_lambda, measured, predicted in data_diet.columns(run, *names):
+    for case, elr_lambda, measured, predicted in reading.columns(run, *names):
         if case in cases:
             cases[case][float(elr_lambda)] = (float(measured), float(predicted))
     for name, found in cases.items():
         if not any(one > 2 for one in found) or not any(one <= 2 for one in found):
             raise ValueError(
-                f"{data_diet.where(run)} needs rows of case {name!r} for lambdas up to 2 and "
+                f"{reading.where(run)} needs rows of case {name!r} for lambdas up to 2 and "
                 f"above, got {sorted(found)}"
             )
     lambdas, starts, steps = (
-        data_diet.array(run, name, 1) for name in ("lambdas", "starts", "steps")
+        reading.array(run, name, 1) for name in ("lambdas", "starts", "steps")
     )
-    true, shape = data_diet.array(run, "true_two_classes", 3), (len(lambdas), len(starts))
+    true, shape = reading.array(run, "true_two_classes", 3), (len(lambdas), len(starts))
     if true.shape != (*shape, len(steps)):
         raise ValueError(
-            f"{data_diet.where(run)}: array 'true_two_classes' must be of lambdas, starts and "
+            f"{reading.where(run)}: array 'true_two_classes' must be of lambdas, starts and "
             f"steps, {(*shape, len(steps))}, got {true.shape}"
         )
-    rate, beta = (data_diet.number(run, "study", name) for name in ("learning_rate", "beta"))
+    rate, beta = (reading.number(run, "study", name) for name in ("learning_rate", "beta"))
     return Study(
         cases=cases,
-        classes=int(data_diet.number(run, "study", "classes")),
+        classes=int(reading.number(run, "study", "classes")),
         lambdas=lambdas,
         starts=starts,
         steps=steps,
@@ -146,10 +146,10 @@ def _study(run: record.Run) -> Study:
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    made = data_diet.judging(figure, study.scale, 1, "")
+    made = reading.judging(figure, study.scale, 1, "")
     above = float(min(study.lambdas[study.lambdas > 2]))
     below = float(max(study.lambdas[study.lambdas <= 2]))
-    clear = data_diet.nearest(list(study.lambdas), CLEAR)
+    clear = reading.nearest(list(study.lambdas), CLEAR)
     return [
         made(
             *(_one(study.apart("two classes", above)), "two classes: largest |measured - formula|"),

@@ -14,9 +14,9 @@ from matplotlib.axes import Axes
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim
-from paper_figures import data_diet
 from paper_figures import draw as drawing
-from paper_figures.data_diet import Cells, Said, percent, row
+from paper_figures import reading
+from paper_figures.reading import Cells, Said, percent, row
 
 EXPERIMENT = "early_learning"
 STUDY = "Grid"
@@ -49,7 +49,7 @@ def draw(
     runs: Sequence[record.Run], folder: Path | str, *, name: str = "early_learning_grid"
 ) -> tuple[dict[str, Path], list[Claim]]:
     """Write the figure of one run; its files, and its claims. ValueError: it lacks something."""
-    run = data_diet.only(runs)
+    run = reading.only(runs)
     study = _study(run)
     claims = _claims(study, name)
     with drawing.style("full"):
@@ -60,7 +60,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint],
         )
@@ -69,38 +69,38 @@ def draw(
 
 def measure(runs: Sequence[record.Run], *, figure: str = "early_learning_grid") -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    return _claims(_study(data_diet.only(runs)), figure)
+    return _claims(_study(reading.only(runs)), figure)
 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
     elr = run._replace(rows=run.rows.filter(run.rows["method"] == "elr"))
     if not len(elr.rows):
-        raise ValueError(f"{data_diet.where(run)} has no rows of method 'elr'")
-    accuracy = data_diet.cells(elr, "strength", "beta")
+        raise ValueError(f"{reading.where(run)} has no rows of method 'elr'")
+    accuracy = reading.cells(elr, "strength", "beta")
     strengths, betas = (tuple(sorted({key[i] for key in accuracy.values})) for i in (0, 1))
     if min(len(strengths), len(betas)) < 2:
-        raise ValueError(f"{data_diet.where(run)} needs two values of lambda and of beta or more")
+        raise ValueError(f"{reading.where(run)} needs two values of lambda and of beta or more")
     for strength in strengths:
         for beta in betas:
             accuracy.of(strength, beta)
-    noise = data_diet.number(run, "rate")
-    kind = str(data_diet.value(run, "noise")).replace("_", " ")
+    noise = reading.number(run, "rate")
+    kind = str(reading.value(run, "noise")).replace("_", " ")
     return Study(
         accuracy=accuracy,
-        memorised=data_diet.cells(elr, "strength", "beta", of="wrong_memorised"),
+        memorised=reading.cells(elr, "strength", "beta", of="wrong_memorised"),
         strengths=strengths,
         betas=betas,
-        epochs=data_diet.number(run, "epochs"),
-        scale=f"{data_diet.scale(run, noise=False)}, {percent(noise)} {kind} noise",
+        epochs=reading.number(run, "epochs"),
+        scale=f"{reading.scale(run)}, {percent(noise)} {kind} noise",
     )
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    made = data_diet.judging(figure, study.scale, study.accuracy.replicas, "%")
-    beta = data_diet.nearest(study.betas, BETA)
-    weak = data_diet.nearest(study.strengths, WEAK)
-    strong = data_diet.nearest(study.strengths, STRONG)
+    made = reading.judging(figure, study.scale, study.accuracy.replicas, "%")
+    beta = reading.nearest(study.betas, BETA)
+    weak = reading.nearest(study.strengths, WEAK)
+    strong = reading.nearest(study.strengths, STRONG)
     longest = study.betas[-1]
 
     def memorised(strength: float, beta: float) -> Any:
@@ -149,7 +149,7 @@ def _panel(axes: Axes, letter: str, text: str, study: Study, cells: Cells) -> li
 def _caption(study: Study) -> str:
     seeds = study.accuracy.replicas
     return (
-        f"{study.scale}. Means of {data_diet.count(seeds, 'paired seed')}, the last of "
-        f"{data_diet.count(study.epochs, 'epoch')}. Dashed: lambda = 2, up to which memorising is "
+        f"{study.scale}. Means of {reading.count(seeds, 'paired seed')}, the last of "
+        f"{reading.count(study.epochs, 'epoch')}. Dashed: lambda = 2, up to which memorising is "
         "only delayed."
     )

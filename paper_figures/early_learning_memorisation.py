@@ -18,11 +18,11 @@ from matplotlib.axes import Axes
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate
-from paper_figures import data_diet, panels
 from paper_figures import draw as drawing
+from paper_figures import panels, reading
 from paper_figures.curves import curve, rows_of
-from paper_figures.data_diet import Said, percent
 from paper_figures.draw import Look
+from paper_figures.reading import Said, percent
 
 EXPERIMENT = "early_learning"
 STUDY = "Curves"
@@ -77,14 +77,14 @@ class Study(NamedTuple):
     @property
     def early(self) -> int:
         """The place of the measured epoch nearest to EARLY."""
-        return self.epochs.index(data_diet.nearest(self.epochs, EARLY))
+        return self.epochs.index(reading.nearest(self.epochs, EARLY))
 
 
 def draw(
     runs: Sequence[record.Run], folder: Path | str, *, name: str = "early_learning_memorisation"
 ) -> tuple[dict[str, Path], list[Claim]]:
     """Write the figure of one run; its files, and its claims. ValueError: it lacks something."""
-    run = data_diet.only(runs)
+    run = reading.only(runs)
     study = _study(run)
     claims = _claims(study, name)
     with drawing.style("full"):
@@ -106,7 +106,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint],
         )
@@ -117,12 +117,12 @@ def measure(
     runs: Sequence[record.Run], *, figure: str = "early_learning_memorisation"
 ) -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    return _claims(_study(data_diet.only(runs)), figure)
+    return _claims(_study(reading.only(runs)), figure)
 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    noise = data_diet.number(run, "rate")
+    noise = reading.number(run, "rate")
     values = {}
     epochs: tuple[float, ...] = ()
     for column in (
@@ -141,29 +141,29 @@ def _study(run: record.Run) -> Study:
         later = run._replace(rows=run.rows.filter(run.rows["epoch"] > 0))
         if column == "precision":  # nothing is flagged where there is nothing yet
             later = later._replace(rows=later.rows.with_columns(later.rows[column].fill_nan(1.0)))
-        cells = data_diet.cells(later, "method", "epoch", of=column, within=within, times=times)
+        cells = reading.cells(later, "method", "epoch", of=column, within=within, times=times)
         for method in METHODS:
             epochs = cells.places(method=method)
             if len(epochs) < 2:
-                raise ValueError(f"{data_diet.where(run)} needs two epochs or more of {method!r}")
+                raise ValueError(f"{reading.where(run)} needs two epochs or more of {method!r}")
             values[method, column] = np.stack([cells.of(method, e) for e in epochs], axis=1)
     return Study(
         epochs=epochs,
         values=values,
         noise=noise,
-        strength=data_diet.number(run, "strength"),
-        beta=data_diet.number(run, "beta"),
-        scale=f"{data_diet.scale(run, noise=False)}, {percent(noise)} {_kind(run)} noise",
+        strength=reading.number(run, "strength"),
+        beta=reading.number(run, "beta"),
+        scale=f"{reading.scale(run)}, {percent(noise)} {_kind(run)} noise",
     )
 
 
 def _kind(run: record.Run) -> str:
-    return str(data_diet.value(run, "noise")).replace("_", " ")
+    return str(reading.value(run, "noise")).replace("_", " ")
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    points = data_diet.judging(figure, study.scale, study.seeds)
-    percents = data_diet.judging(figure, study.scale, study.seeds, "%")
+    points = reading.judging(figure, study.scale, study.seeds)
+    percents = reading.judging(figure, study.scale, study.seeds, "%")
     last = {key: value[:, -1] for key, value in study.values.items()}
     mean, paired = statistics.bootstrap, statistics.paired
     correct, best = study.of("ce", "wrong_correct"), study.of("ce", "test_accuracy").max(axis=1)
@@ -223,7 +223,7 @@ def _epochs(axes: Axes, letter: str, note: str) -> None:
 
 def _caption(study: Study) -> str:
     return (
-        f"{study.scale}. {data_diet.count(study.seeds, 'paired seed')}; ELR: lambda "
+        f"{study.scale}. {reading.count(study.seeds, 'paired seed')}; ELR: lambda "
         f"{study.strength:g}, beta {study.beta:g}. Evaluation mode, unaugmented inputs."
         + (" Bands are 95 % intervals of the mean." if study.seeds > 1 else " No intervals.")
     )

@@ -14,9 +14,10 @@ from matplotlib.axes import Axes
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim
-from paper_figures import data_diet, panels
 from paper_figures import draw as drawing
-from paper_figures.data_diet import Cells, Said, percent, row
+from paper_figures import panels, reading
+from paper_figures.draw import Look
+from paper_figures.reading import Cells, Said, percent, row
 
 EXPERIMENT = "early_learning"
 STUDY = "Rates"
@@ -25,13 +26,21 @@ TOGETHER = ()
 
 PAPER = "Liu et al. 2020, arXiv 2007.00151"
 OURS = f"ours, after {PAPER}"
-METHODS = {  # -> draw.LOOKS
+METHODS = {
     "ce": "cross-entropy",
     "smoothing": "label smoothing",
     "gce": "GCE",
     "sce": "SCE",
     "elr": "ELR",
     "elr_plus": "ELR+",
+}
+LOOKS = {
+    "ce": Look("#D55E00", "s"),
+    "smoothing": Look("#E69F00", "D"),
+    "gce": Look("#009E73", "^"),
+    "sce": Look("#CC79A7", "P"),
+    "elr": Look("#0072B2", "o"),
+    "elr_plus": Look("#56B4E9", "v"),
 }
 AT = 0.4  # the rate of the claims
 
@@ -59,7 +68,7 @@ def draw(
     runs: Sequence[record.Run], folder: Path | str, *, name: str = "early_learning_rates"
 ) -> tuple[dict[str, Path], list[Claim]]:
     """Write the figure of one run; its files, and its claims. ValueError: it lacks something."""
-    run = data_diet.only(runs)
+    run = reading.only(runs)
     study = _study(run)
     claims = _claims(study, name)
     with drawing.style("full"):
@@ -74,7 +83,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint],
         )
@@ -83,35 +92,35 @@ def draw(
 
 def measure(runs: Sequence[record.Run], *, figure: str = "early_learning_rates") -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    return _claims(_study(data_diet.only(runs)), figure)
+    return _claims(_study(reading.only(runs)), figure)
 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    accuracy = data_diet.cells(run, "method", "rate")
+    accuracy = reading.cells(run, "method", "rate")
     methods = tuple(name for name in METHODS if accuracy.places(method=name))
     if not methods:
-        raise ValueError(f"{data_diet.where(run)} has no method of {list(METHODS)}")
+        raise ValueError(f"{reading.where(run)} has no method of {list(METHODS)}")
     rates = accuracy.places(method=methods[0])
     if not any(rates):
-        raise ValueError(f"{data_diet.where(run)} needs a rate above 0, got {rates}")
+        raise ValueError(f"{reading.where(run)} needs a rate above 0, got {rates}")
     noisy = run._replace(rows=run.rows.filter(run.rows["rate"] > 0))
     return Study(
         accuracy=accuracy,
-        memorised=data_diet.cells(noisy, "method", "rate", of="wrong_memorised"),
+        memorised=reading.cells(noisy, "method", "rate", of="wrong_memorised"),
         methods=methods,
         rates=rates,
-        strength=data_diet.number(run, "strength"),
-        beta=data_diet.number(run, "beta"),
-        epochs=data_diet.number(run, "epochs"),
-        noise=str(data_diet.value(run, "noise")).replace("_", " "),
-        scale=data_diet.scale(run, noise=False),
+        strength=reading.number(run, "strength"),
+        beta=reading.number(run, "beta"),
+        epochs=reading.number(run, "epochs"),
+        noise=str(reading.value(run, "noise")).replace("_", " "),
+        scale=reading.scale(run),
     )
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    made = data_diet.judging(figure, f"{study.scale}, {study.noise} noise", study.accuracy.replicas)
-    has, at = set(study.methods), data_diet.nearest([r for r in study.rates if r], AT)
+    made = reading.judging(figure, f"{study.scale}, {study.noise} noise", study.accuracy.replicas)
+    has, at = set(study.methods), reading.nearest([r for r in study.rates if r], AT)
     where = f"at {percent(at)}"
     claims = []
     if {"elr", "ce"} <= has:
@@ -135,7 +144,9 @@ def _panel(
     rows, seeds = [], cells.replicas
     for method in study.methods:
         found = [statistics.bootstrap(cells.of(method, rate)) for rate in rates]
-        panels.line(axes, [100 * rate for rate in rates], found, METHODS[method])
+        panels.line(
+            axes, [100 * rate for rate in rates], found, METHODS[method], look=LOOKS[method]
+        )
         rows += [
             row(letter, METHODS[method], r, e, seeds) for r, e in zip(rates, found, strict=True)
         ]
@@ -149,8 +160,8 @@ def _panel(
 def _caption(study: Study) -> str:
     seeds = study.accuracy.replicas
     return (
-        f"{study.scale}. {data_diet.count(seeds, 'paired seed')}, the last of "
-        f"{data_diet.count(study.epochs, 'epoch')}; ELR and ELR+: lambda {study.strength:g}, "
+        f"{study.scale}. {reading.count(seeds, 'paired seed')}, the last of "
+        f"{reading.count(study.epochs, 'epoch')}; ELR and ELR+: lambda {study.strength:g}, "
         f"beta {study.beta:g}."
         + (" Bands are 95 % intervals of the mean." if seeds > 1 else " No intervals.")
     )

@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, bootstrap
-from paper_figures import data_diet
 from paper_figures import draw as drawing
+from paper_figures import reading
 from paper_figures.curves import curve, rows_of
-from paper_figures.data_diet import Said
 from paper_figures.draw import Look
+from paper_figures.reading import Said
 
 EXPERIMENT = "early_learning_theory"
 STUDY = "Phases"
@@ -69,7 +69,7 @@ FEW = Said(
 class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
-    values: dict[str, data_diet.Cells]  # metric -> by dim, lambda and step
+    values: dict[str, reading.Cells]  # metric -> by dim, lambda and step
     steps: tuple[float, ...]
     lambdas: tuple[float, ...]
     dim: float
@@ -84,13 +84,13 @@ class Study(NamedTuple):
     @property
     def held(self) -> float:
         """The strength that is drawn."""
-        return data_diet.nearest([one for one in self.lambdas if one] or [0.0], HELD)
+        return reading.nearest([one for one in self.lambdas if one] or [0.0], HELD)
 
     @property
     def weak(self) -> float | None:
         """A strength of at most 2, if there is one."""
         below = [one for one in self.lambdas if 0 < one <= 2]
-        return data_diet.nearest(below, WEAK) if below else None
+        return reading.nearest(below, WEAK) if below else None
 
     def grown(self, elr_lambda: float) -> np.ndarray:
         """i64[R]: the place of T among the steps, the last one if never."""
@@ -105,7 +105,7 @@ def draw(
 
     ValueError: the run lacks something, named.
     """
-    run = data_diet.only(runs)
+    run = reading.only(runs)
     study = _study(run)
     claims = _claims(study, name)
     with drawing.style("full"):
@@ -120,7 +120,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint],
         )
@@ -129,20 +129,20 @@ def draw(
 
 def measure(runs: Sequence[record.Run], *, figure: str = "early_learning_theory") -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    return _claims(_study(data_diet.only(runs)), figure)
+    return _claims(_study(reading.only(runs)), figure)
 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
     by = ("dim", "elr_lambda", "step")
     values = {
-        name: data_diet.cells(run, *by, of=name, within=within, times=1.0)
+        name: reading.cells(run, *by, of=name, within=within, times=1.0)
         for name, within in METRICS.items()
     }
-    dim, control = (data_diet.number(run, "study", name) for name in ("dim", "control"))
-    lambdas = tuple(float(one) for one in data_diet.value(run, "study", "lambdas"))
-    n, flip = (data_diet.number(run, "study", name) for name in ("examples", "flip"))
-    sigma = data_diet.number(run, "study", "sigma")
+    dim, control = (reading.number(run, "study", name) for name in ("dim", "control"))
+    lambdas = tuple(float(one) for one in reading.value(run, "study", "lambdas"))
+    n, flip = (reading.number(run, "study", name) for name in ("examples", "flip"))
+    sigma = reading.number(run, "study", "sigma")
     study = Study(
         values=values,
         steps=values["test"].places(dim=dim, elr_lambda=0.0),
@@ -160,8 +160,8 @@ def _study(run: record.Run) -> Study:
 
 def _claims(study: Study, figure: str) -> list[Claim]:
     seeds = study.values["test"].replicas
-    part = data_diet.judging(figure, study.scale, seeds, "")
-    points = data_diet.judging(figure, study.scale, seeds)
+    part = reading.judging(figure, study.scale, seeds, "")
+    points = reading.judging(figure, study.scale, seeds)
     ce, elr, last = (lambda m: study.over(m, 0.0)), (lambda m: study.over(m, study.held)), -1
     until = study.grown(0.0)
     early = [row[: max(t, 1)].min() for row, t in zip(ce("cosine"), until, strict=True)]
@@ -279,7 +279,7 @@ def _test(axes: Axes, study: Study) -> list[dict[str, Any]]:
 
 def _strength(axes: Axes, study: Study) -> list[dict[str, Any]]:
     last, rows = study.steps[-1], []
-    times = [data_diet.nearest(study.steps, last / part) for part in (100, 10)]
+    times = [reading.nearest(study.steps, last / part) for part in (100, 10)]
     shades = ("#56B4E9", "#0072B2", "#332288")
     marks = ("o", "s", "D")
     for at, color, mark in zip([*times, last], shades, marks, strict=True):
@@ -302,5 +302,5 @@ def _caption(study: Study) -> str:
     bands = "bands are 95 % intervals of the mean over" if seeds > 1 else "from"
     return (
         f"{study.scale[0].upper()}{study.scale[1:]}; full-batch gradient descent on the logistic "
-        f"loss from a start orthogonal to $v$; {bands} {data_diet.count(seeds, 'paired seed')}."
+        f"loss from a start orthogonal to $v$; {bands} {reading.count(seeds, 'paired seed')}."
     )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from dynamics.statistics import Estimate, Paired
-from paper_figures.draw import LOOKS
+from paper_figures.draw import LOOKS, Look
 
 Band = Estimate | Paired  # a mean between two ends
 
@@ -22,9 +22,13 @@ def line(
     *,
     label: str = "",
     hollow: Sequence[bool] = (),
+    look: Look | None = None,
 ) -> None:
-    """Means over ``x`` as a line with markers, some ``hollow``, their intervals as a band."""
-    look = LOOKS[name]
+    """Means over ``x`` as a line with markers, some ``hollow``, their intervals as a band.
+
+    ``look`` is that of ``name`` in LOOKS unless it is given.
+    """
+    look = look or LOOKS[name]
     mean, low, high = np.array([(e.mean, e.low, e.high) for e in estimates]).T
     axes.plot(
         x, mean, look.line, color=look.color, marker=look.marker, label=label or name, zorder=3

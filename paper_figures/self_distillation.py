@@ -16,11 +16,11 @@ from matplotlib.axes import Axes
 
 from dynamics import record, statistics
 from dynamics.statistics import UNBOUNDED, Claim, Estimate
-from paper_figures import data_diet
 from paper_figures import draw as drawing
+from paper_figures import reading
 from paper_figures.curves import curve, rows_of
-from paper_figures.data_diet import Said, row
 from paper_figures.draw import Look
+from paper_figures.reading import Said, row
 
 EXPERIMENT = "early_learning_theory"
 STUDY = "Distillation"
@@ -59,7 +59,7 @@ TRAINED = Said(
 class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
-    fixed: data_diet.Cells  # the loss, by method, alpha and step
+    fixed: reading.Cells  # the loss, by method, alpha and step
     best: np.ndarray  # f64[R, T]
     weights: np.ndarray  # f64[R, T]: the first is NaN
     training: np.ndarray  # f64[R, T]
@@ -79,7 +79,7 @@ class Study(NamedTuple):
 
     def near(self, alpha: float) -> float:
         """The alpha of the run nearest to this one."""
-        return data_diet.nearest(self.alphas, alpha)
+        return reading.nearest(self.alphas, alpha)
 
 
 def draw(
@@ -89,7 +89,7 @@ def draw(
 
     ValueError: the run lacks something, named.
     """
-    run = data_diet.only(runs)
+    run = reading.only(runs)
     study = _study(run)
     claims = _claims(study, name)
     with drawing.style("full"):
@@ -99,7 +99,7 @@ def draw(
         drawing.caption(fig, _caption(study))
         paths = drawing.save(
             *(fig, folder, name),
-            table=data_diet.table(rows),
+            table=reading.table(rows),
             claims=claims,
             fingerprints=[run.fingerprint],
         )
@@ -108,27 +108,27 @@ def draw(
 
 def measure(runs: Sequence[record.Run], *, figure: str = "self_distillation") -> list[Claim]:
     """The claims alone, nothing drawn or written."""
-    return _claims(_study(data_diet.only(runs)), figure)
+    return _claims(_study(reading.only(runs)), figure)
 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    number = {n: data_diet.number(run, "study", n) for n in
+    number = {n: reading.number(run, "study", n) for n in
               ("examples", "noise", "ridge", "gamma", "steps")}  # fmt: skip
-    alphas = tuple(float(one) for one in data_diet.value(run, "study", "alphas"))
-    shrinkage, d = data_diet.array(run, "shrinkage", 3), data_diet.array(run, "eigenvalues", 1)
+    alphas = tuple(float(one) for one in reading.value(run, "study", "alphas"))
+    shrinkage, d = reading.array(run, "shrinkage", 3), reading.array(run, "eigenvalues", 1)
     shape = (len(alphas), int(number["steps"]), len(d))
     if shrinkage.shape != shape:
         raise ValueError(
-            f"{data_diet.where(run)}: array 'shrinkage' must be of alphas, steps and eigenvalues, "
+            f"{reading.where(run)}: array 'shrinkage' must be of alphas, steps and eigenvalues, "
             f"{shape}, got {shrinkage.shape}"
         )
     best = {
         name: _by_step(run, name, int(number["steps"])) for name in ("loss", "alpha", "training")
     }
-    some = data_diet.nearest(alphas, SOME)
+    some = reading.nearest(alphas, SOME)
     study = Study(
-        fixed=data_diet.cells(
+        fixed=reading.cells(
             _only_fixed(run), *("method", "alpha", "step"), of="loss", within=(0, np.inf), times=1.0
         ),
         best=best["loss"],
@@ -149,26 +149,26 @@ def _study(run: record.Run) -> Study:
 def _only_fixed(run: record.Run) -> record.Run:
     """The run without the rows of the best weights, whose alphas are those of one replica."""
     if "method" not in run.rows.columns:
-        raise ValueError(f"{data_diet.where(run)} has no column 'method' in its rows")
+        raise ValueError(f"{reading.where(run)} has no column 'method' in its rows")
     return run._replace(rows=run.rows.filter(run.rows["method"] != "best"))
 
 
 def _by_step(run: record.Run, name: str, steps: int) -> np.ndarray:
     """f64[R, T] of the rows of the best weights."""
     found: dict[int, dict[int, float]] = {}
-    for method, step, replica, value in data_diet.columns(run, "method", "step", "replica", name):
+    for method, step, replica, value in reading.columns(run, "method", "step", "replica", name):
         if method == "best":
             found.setdefault(int(replica), {})[int(step)] = float(value)
     wanted = list(range(1, steps + 1))
     if not found or any(sorted(one) != wanted for one in found.values()):
-        raise ValueError(f"{data_diet.where(run)} needs rows of method 'best' for steps {wanted}")
+        raise ValueError(f"{reading.where(run)} needs rows of method 'best' for steps {wanted}")
     return np.array([[found[r][t] for t in wanted] for r in sorted(found)])
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
     seeds = study.fixed.replicas
-    made = data_diet.judging(figure, study.scale, seeds, "")
-    exact = data_diet.judging(figure, study.scale, 1, "")
+    made = reading.judging(figure, study.scale, seeds, "")
+    exact = reading.judging(figure, study.scale, 1, "")
     alone, some = study.over(0.0), study.near(SOME)
     turn = int(np.argmin(alone.mean(axis=0)))
     sparse = study.shrinkage[study.alphas.index(0.0)]
@@ -264,8 +264,8 @@ def _weights(axes: Axes, study: Study) -> list[dict[str, Any]]:
 
 def _caption(study: Study) -> str:
     scale = study.scale.replace("sin(2 pi x)", r"$\sin\,2\pi\,x$").replace("^2", "²")
-    scale = data_diet.minus(scale)  # and no space inside of mathematics: captions are wrapped
-    seeds = data_diet.count(study.fixed.replicas, "draw")
+    scale = reading.minus(scale)  # and no space inside of mathematics: captions are wrapped
+    seeds = reading.count(study.fixed.replicas, "draw")
     return (
         f"Kernel ridge regression of {scale}, fitted to $\\alpha$ times the labels and "
         f"$1-\\alpha$ times the student before; means of {seeds} of the noise with "

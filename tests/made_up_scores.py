@@ -71,7 +71,13 @@ def ranking(
     }
     table = pl.DataFrame(rows, schema=names, orient="row")
     return record.Run(
-        Path("made-up"), f"{round(100 * noise):016x}", config, {}, table, arrays, True
+        Path("runs/data_diet/made-up"),
+        f"{round(100 * noise):016x}",
+        config,
+        {},
+        table,
+        arrays,
+        True,
     )
 
 

@@ -42,7 +42,13 @@ def made_up(shape, wrong=(0.0,) * GROUPS, noise=0.0, replicas=REPLICAS, control=
     arrays = {"index": np.arange(100, dtype=np.int32)}
     table = pl.DataFrame(rows, schema=names, orient="row")
     return record.Run(
-        Path("made-up"), f"{round(100 * noise):016x}", config, {}, table, arrays, True
+        Path("runs/data_diet/made-up"),
+        f"{round(100 * noise):016x}",
+        config,
+        {},
+        table,
+        arrays,
+        True,
     )
 
 

@@ -58,7 +58,9 @@ def made(stage, rows, **study):
     config = CONFIG | {"study": {"kind": stage.capitalize(), **study}}
     arrays = {"index": np.arange(60, dtype=np.int32)}
     table = pl.DataFrame(rows)
-    return record.Run(Path("made-up"), "00c0ffee", config, {}, table, arrays, done=True)
+    return record.Run(
+        Path("runs/early_learning/made-up"), "00c0ffee", config, {}, table, arrays, done=True
+    )
 
 
 def curves(**changed):

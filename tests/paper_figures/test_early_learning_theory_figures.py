@@ -39,7 +39,15 @@ AT_PEAK = "wrong-labelled given the true label, at the peak"
 def run_of(kind, rows, arrays, study):
     config = {"kind": "Config", "study": {"kind": kind, **study}, "seed": 0}
     rows = {"stage": [kind.lower()] * len(next(iter(rows.values()))), **rows}
-    return record.Run(Path("made-up"), "00c0ffee", config, {}, pl.DataFrame(rows), arrays, True)
+    return record.Run(
+        Path("runs/early_learning_theory/made-up"),
+        "00c0ffee",
+        config,
+        {},
+        pl.DataFrame(rows),
+        arrays,
+        True,
+    )
 
 
 def phases(changed=None):

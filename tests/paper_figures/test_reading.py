@@ -8,11 +8,11 @@ import polars as pl
 import pytest
 
 from dynamics import statistics
-from paper_figures import data_diet
+from paper_figures import data_diet, reading
 
 
 def test_cells_hold_each_replica_in_order():
-    cells = data_diet.cells(made_up.window(), "method", "dropped")
+    cells = reading.cells(made_up.window(), "method", "dropped")
     assert cells.replicas == made_up.REPLICAS
     np.testing.assert_allclose(cells.of("window", 0.1), [81, 82, 83, 84])
     np.testing.assert_allclose(cells.of("random", math.nan), [80, 81, 82, 83])
@@ -25,9 +25,9 @@ def test_cells_hold_each_replica_in_order():
 def test_other_columns_and_ranges():
     run = made_up.rescoring()
     with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\], got nan .*epoch 2"):
-        data_diet.cells(run, "method", "epoch", of="overlap")
+        reading.cells(run, "method", "epoch", of="overlap")
     late = run._replace(rows=run.rows.filter((pl.col("epoch") > 2) & (pl.col("method") != "full")))
-    cells = data_diet.cells(late, "method", "epoch", of="overlap", times=1.0)
+    cells = reading.cells(late, "method", "epoch", of="overlap", times=1.0)
     assert cells.of("again", 5.0).tolist() == [0.25] * made_up.REPLICAS
 
 
@@ -37,8 +37,8 @@ def test_scale_says_data_size_labels_and_model():
     assert data_diet.scale(run, noise=False) == "digits, 60 examples, MLP 2 x 128"
     assert data_diet.scale(run, noise=False, net=False) == "digits, 60 examples"
     convnet = {"kind": "ConvNet", "channels": [16, 32]}
-    assert data_diet.model(convnet) == "ConvNet 16-32"
-    assert data_diet.model({"kind": "Linear"}) == "Linear"
+    assert reading.model(convnet) == "ConvNet 16-32"
+    assert reading.model({"kind": "Linear"}) == "Linear"
 
 
 def test_the_correlation_is_of_the_averages_and_stays_in_its_range():
@@ -52,11 +52,11 @@ def test_the_correlation_is_of_the_averages_and_stays_in_its_range():
 
 
 def test_words():
-    assert data_diet.count(1.0, "epoch") == "1 epoch"
-    assert data_diet.count(0.5, "epoch") == "0.5 epochs"
-    assert data_diet.percent(0.125) == "12.5 %"
-    assert data_diet.minus("a - b") == "a \N{MINUS SIGN} b"
-    assert data_diet.nearest([0.2, 0.4], 0.3) == 0.2
+    assert reading.count(1.0, "epoch") == "1 epoch"
+    assert reading.count(0.5, "epoch") == "0.5 epochs"
+    assert reading.percent(0.125) == "12.5 %"
+    assert reading.minus("a - b") == "a \N{MINUS SIGN} b"
+    assert reading.nearest([0.2, 0.4], 0.3) == 0.2
 
 
 def test_cells_without_a_class_are_named():
