@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import costs, scores, speed
+from benchmarks import costs, early_learning, scores, speed
 from benchmarks.measure import Result
 from dynamics import mesh, record
 
@@ -33,6 +33,9 @@ BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "grand_resnet": scores.grand_resnet,
     "grand_transformer": scores.grand_transformer,
     "dataset": scores.dataset,
+    "elr_digits": early_learning.elr_digits,
+    "elr_mnist": early_learning.elr_mnist,
+    "elr_rows": early_learning.elr_rows,
 }
 HEADER = ("name", "what", "ours", "theirs", "ratio", "goal", "met", "first lap", "others", "note")
 

@@ -41,11 +41,15 @@ def has_convolution(jaxpr: Any) -> bool:
     )
 
 
-def spread(fn: Callable[..., PyTree], mesh: Mesh, how: How) -> Callable[..., PyTree]:
+def spread(
+    fn: Callable[..., PyTree], mesh: Mesh, how: How, *, carried: bool = False
+) -> Callable[..., PyTree]:
     """``fn(own, *shared)`` of one replica, as a function of stacked ``own`` [K, ...].
 
     Outputs are stacked likewise. With ``dispatch`` each device must hold one replica: ``split``
-    the population and call once for each piece.
+    the population and call once for each piece. ``carried`` says that ``fn((state, *rest), *shared)
+    -> (state, out)``: then ``map`` puts each state back in its place, where it would otherwise copy
+    all of them (measured with 10 replicas and large tables in the state: a sixth of the memory).
     """
 
     def local(own: PyTree, *shared: PyTree) -> PyTree:
@@ -53,6 +57,8 @@ def spread(fn: Callable[..., PyTree], mesh: Mesh, how: How) -> Callable[..., PyT
         if here == 1:
             out = fn(jax.tree.map(lambda x: x[0], own), *shared)
             return jax.tree.map(lambda x: jnp.asarray(x)[None], out)
+        if how == "map" and carried:
+            return _in_place(lambda one: fn(one, *shared), own)
         if how == "map":
             return jax.lax.map(lambda one: fn(one, *shared), own)
         return jax.vmap(lambda one: fn(one, *shared))(own)
@@ -69,6 +75,24 @@ def spread(fn: Callable[..., PyTree], mesh: Mesh, how: How) -> Callable[..., PyT
         )(own, *shared)
 
     return population
+
+
+def _in_place(fn: Callable[[PyTree], PyTree], own: PyTree) -> PyTree:
+    """``fn((state, *rest)) -> (state, out)`` for one replica after the other."""
+    here = jax.tree.leaves(own)[0].shape[0]
+    out = jax.eval_shape(lambda own: fn(jax.tree.map(lambda x: x[0], own))[1], own)
+    room = jax.tree.map(lambda x: jnp.zeros((here, *x.shape), x.dtype), out)
+
+    def one(k: jax.Array, carry: PyTree) -> PyTree:
+        states, outs = carry
+        mine = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, k, 0, False), (states, *own[1:])
+        )
+        put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, k, 0)  # noqa: E731
+        state, out = fn(mine)
+        return jax.tree.map(put, states, state), jax.tree.map(put, outs, out)
+
+    return jax.lax.fori_loop(0, here, one, (own[0], room))
 
 
 def split(tree: PyTree, mesh: Mesh) -> list[PyTree]:

@@ -20,13 +20,16 @@ def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]
     example was never visited), and the norm ``held`` of lambda g, g = p (<p, t> - t) / (1 - <p,
     t>).
 
+    g is lemma 2's, without the clip, beyond which (p > 1 - 1e-4) the task's own gradient is zero.
+    ``predicted`` is -1 where the logits are not finite.
+
     Reference: Liu et al. 2020, arXiv 2007.00151, lemmas 1 and 2.
     """
     aux = task.evaluate(state.params, state.extras, batch, state.hyperparameters)
     p = jax.nn.softmax(aux.logits.astype(jnp.float32), axis=-1)
-    classes = jnp.arange(p.shape[-1])[None]
+    classes, sane = jnp.arange(p.shape[-1])[None], jnp.isfinite(p).all(axis=-1)
     found = {
-        "predicted": p.argmax(axis=-1).astype(jnp.float32),
+        "predicted": jnp.where(sane, p.argmax(axis=-1), -1).astype(jnp.float32),
         "loss": aux.loss,
         "fit": jnp.linalg.norm(p - (classes == batch.y[:, None]).astype(jnp.float32), axis=-1),
     }
@@ -70,9 +73,10 @@ class Memorisation:
 
     def start(self, state: TrainState, each: Each) -> PyTree:
         """Nothing is remembered. ValueError: labels that are not those of the data."""
-        if self.labels.shape[1:] != self.clean.shape or self.clean.shape != (len(self.data),):
+        k, n = len(state.step), len(self.data)
+        if self.labels.shape != (k, n) or self.clean.shape != (n,):
             raise ValueError(
-                f"{self.name} needs labels [k, {len(self.data)}] and clean [{len(self.data)}], got "
+                f"{self.name} needs labels {(k, n)}, a row for each replica, and clean {(n,)}, got "
                 f"{self.labels.shape} and {self.clean.shape}"
             )
         return ()
