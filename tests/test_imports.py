@@ -22,7 +22,7 @@ config
 losses mesh record statistics
 data models task optim subspace
 step ghost
-population curvature kernel representation scores
+population curvature kernel representation scores stability
 landscape
 probes revise
 checkpoint
@@ -48,6 +48,7 @@ JIT = {  # the drivers: everything else composes
     "dynamics/fit.py",
     "dynamics/scores/examples.py",
     "dynamics/data/stream.py",
+    "dynamics/curvature/drive.py",
 }
 
 

@@ -10,9 +10,10 @@ from flax import linen as nn
 from dynamics import losses
 from dynamics.task.elr import elr
 from dynamics.task.elr_plus import elr_plus
+from dynamics.task.z_loss import z_loss
 from dynamics.types import Aux, Batch, Dataset, Key, PyTree, Scalars, Task
 
-__all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function"]
+__all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function", "z_loss"]
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 

@@ -24,7 +24,7 @@ Per = Literal["pixel", "image"]
 def consistency(
     logits: Float[Array, "s b h w c"], *, rho: float = 0.8, per: Per = "pixel"
 ) -> Float[Array, "b"]:
-    """mean over pixels of (1/s) sum_k KL(p_k || q) where max_j q_j > rho, and 0 elsewhere.
+    """The mean over pixels of (1/s) sum_k KL(p_k || q) where max_j q_j > rho, and 0 elsewhere.
 
     p_k = softmax(logits[k]), q = mean_k p_k: where it counts, the Jensen-Shannon divergence of the
     scales, at most log s. The gradient flows into q as well. ``rho`` is compared pixel by pixel, or
@@ -51,7 +51,7 @@ def multiscale(
     per: Per = "pixel",
     cross_entropy: Literal["native", "scales"] = "native",
 ) -> Task:
-    """``task``'s loss plus ``hyperparameters["consistency"]`` times ``consistency`` over ``scales``.
+    """``task``'s loss + ``hyperparameters["consistency"]`` times ``consistency`` over ``scales``.
 
     Each scale sees the image resized bilinearly, and its logits are resized back. ``cross_entropy``
     is the task's own at the native scale, so that weight 0 is that task (but for batch statistics,
@@ -114,7 +114,7 @@ def multiscale(
 
 
 def _log_mean(log_p: Float[Array, "s b h w c"]) -> Float[Array, "b h w c"]:
-    """log of the mean over scales of exp(log_p)."""
+    """Logarithm of the mean over scales of exp(log_p)."""
     return jax.nn.logsumexp(log_p, axis=0) - math.log(log_p.shape[0])
 
 
