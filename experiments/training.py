@@ -54,6 +54,7 @@ def train(
     probes: Sequence[Any] = (),
     revision: Revision | None = None,
     feed: Callable[[Stream], Stream] = lambda stream: stream,
+    record_every: int | None = None,
     **subset: Any,
 ) -> Results:
     """Train a replica for each of ``roots`` [P * members], ``members`` for each of ``settings``.
@@ -80,7 +81,7 @@ def train(
         revision=revision,
         store=recorder,
         name=name,
-        record_every=max(1, num_steps // ROWS),
+        record_every=record_every or max(1, num_steps // ROWS),
     )
 
 
@@ -103,3 +104,15 @@ def check(settings: Train, data: Splits, mesh: Mesh | None, members: int, kept: 
             f"train.batch_size {settings.batch_size} is more than the {round(kept * n)} examples "
             f"that keeping {kept:g} leaves of {n}: take a smaller batch or keep more"
         )
+
+
+def stacked(parts: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Tables one after the other; nan where a part has no such column."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    lengths = [len(next(iter(part.values()))) for part in parts]
+    return {
+        name: np.concatenate(
+            [part.get(name, np.full(n, np.nan)) for part, n in zip(parts, lengths, strict=True)]
+        )
+        for name in names
+    }

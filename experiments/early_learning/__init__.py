@@ -113,7 +113,7 @@ def _tables(
         for p, columns in enumerate(found):
             rows[p] += columns
     return [
-        Table(_stacked(parts), _arrays(point, data))
+        Table(training.stacked(parts), _arrays(point, data))
         for point, parts in zip(points, rows, strict=True)
     ]
 
@@ -266,18 +266,6 @@ def _clean_probability(values: np.ndarray) -> np.ndarray:
 def _named(group: Sequence[Cell], cell: np.ndarray, replica: np.ndarray) -> dict[str, np.ndarray]:
     columns = {name: np.array([getattr(c, name) for c in group])[cell] for name in Cell._fields}
     return columns | {"replica": replica}
-
-
-def _stacked(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """One table; nan where a part has no such column."""
-    names = dict.fromkeys(name for part in parts for name in part)
-    size = [len(part["epoch"]) for part in parts]
-    return {
-        name: np.concatenate(
-            [part.get(name, np.full(n, np.nan)) for part, n in zip(parts, size, strict=True)]
-        )
-        for name in names
-    }
 
 
 def _arrays(point: Config, data: Splits) -> dict[str, np.ndarray]:

@@ -1,0 +1,135 @@
+"""Full-batch training beside the threshold of each optimizer."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from dynamics.data.sources import Splits
+from dynamics.data.stream import whole
+from dynamics.optim import Train
+from dynamics.probes import Sharpness
+from dynamics.record import Recorder, Table
+from dynamics.types import Task
+from experiments import training
+from experiments.stability.config import Config, Edge
+
+PLAIN = Train(momentum=0.0, nesterov=False)
+RULES = {
+    "gd": dataclasses.replace(PLAIN, learning_rate=0.3),
+    "control": dataclasses.replace(PLAIN, learning_rate=0.3),
+    "heavy_ball": dataclasses.replace(PLAIN, learning_rate=0.5, momentum=0.9),
+    "nesterov": Train(learning_rate=0.2, momentum=0.9),
+    "adam": Train(rule="adam", learning_rate=1e-3, second_moment=0.99, epsilon=1e-7),
+    "rmsprop": Train(
+        rule="adam", momentum=0.0, learning_rate=1e-3, second_moment=0.99, epsilon=1e-7
+    ),
+}
+REACHED = 0.98  # of the threshold
+
+
+def study(
+    points: Sequence[Config], net: Task, data: Splits, mesh: Mesh | None, recorder: Recorder | None
+) -> list[Table]:
+    """Rows of stage ``edge`` for each (rule, replica, step) measured: ``sharpness`` (preconditioned
+    for adam and rmsprop) and its ``residual``, ``ratio`` to the threshold, the ``smallest``
+    eigenvalue, ``reached`` (from the first ratio of 0.98 on) and ``loss``; rule ``control`` is gd
+    at a lower rate. Stage ``rises`` for each (rule, replica): the part of the steps after which the
+    loss was higher, ``before`` the first ratio of 0.98 and ``after``, and the ``step`` of it (nan:
+    never). Arrays: ``loss_<rule>`` f32[R, steps], ``index``.
+    """
+    rows: list[list[dict[str, np.ndarray]]] = [[] for _ in points]
+    arrays: list[dict[str, np.ndarray]] = [{"index": np.asarray(data.train.index)} for _ in points]
+    first = points[0]
+    assert isinstance(first.study, Edge)
+    rules = [*first.study.rules, *(["control"] if "gd" in first.study.rules else [])]
+    for rule in rules:
+        for p, (columns, loss) in enumerate(_trained(rule, points, net, data, mesh, recorder)):
+            rows[p] += columns
+            arrays[p][f"loss_{rule}"] = loss
+    return [
+        Table(training.stacked(parts), found) for parts, found in zip(rows, arrays, strict=True)
+    ]
+
+
+def setting(rule: str, point: Config) -> Train:
+    """How a rule trains at a point."""
+    study = point.study
+    assert isinstance(study, Edge)
+    made = RULES[rule]
+    factor = study.scale * (study.control if rule == "control" else 1.0)
+    rate = made.learning_rate * factor
+    return dataclasses.replace(made, learning_rate=rate, weight_decay=point.weight_decay)
+
+
+def _trained(
+    rule: str,
+    points: Sequence[Config],
+    net: Task,
+    data: Splits,
+    mesh: Mesh | None,
+    recorder: Recorder | None,
+) -> list[tuple[list[dict[str, np.ndarray]], np.ndarray]]:
+    first, study = points[0], points[0].study
+    assert isinstance(study, Edge)
+    r, settings = study.replicas, [setting(rule, point) for point in points]
+    probe = Sharpness(
+        *(net, data.train, study.every, settings[0], study.steps),
+        preconditioned=settings[0].rule == "adam",
+        cold=first.cold,
+        warm=first.warm,
+    )
+    roots = training.keys([p.seed for p in points], r, 0)
+    results = training.train(
+        *(settings, roots, net, data.train, study.steps, mesh),
+        recorder and recorder.stage(rule),
+        name=rule,
+        probes=[probe],
+        feed=lambda _: whole(data.train, len(roots)),
+        record_every=1,
+    )
+    order = np.lexsort((results.rows["step"], results.rows["replica"]))
+    table = {name: values[order] for name, values in results.rows.items()}
+    out = []
+    for p in range(len(points)):
+        mine = [_one(rule, table, p * r + k, k) for k in range(r)]
+        loss = np.stack([found[2] for found in mine])
+        out.append(([part for found in mine for part in found[:2]], loss))
+    return out
+
+
+def _one(
+    rule: str, table: dict[str, np.ndarray], member: int, replica: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
+    """What was measured of one run, what its loss did, and the loss of every step."""
+    here = table["replica"] == member
+    trained = here & ~np.isnan(table["loss"])
+    measured = here & ~np.isnan(table["sharpness.residual"])
+    loss = table["loss"][trained].astype(np.float32)
+    step, ratio = table["step"][measured], table["sharpness.ratio"][measured]
+    at = np.flatnonzero(ratio >= REACHED)
+    reached = int(step[at[0]]) if len(at) else len(loss)
+    higher = np.diff(loss) > 0
+    count = len(step)
+    columns = {
+        "stage": np.full(count, "edge"),
+        "rule": np.full(count, rule),
+        "replica": np.full(count, replica),
+        "step": step.astype(float),
+        "ratio": ratio,
+        "sharpness": table["sharpness.value"][measured],
+        "residual": table["sharpness.residual"][measured],
+        "smallest": table["sharpness.smallest"][measured],
+        "reached": (step >= reached).astype(float),
+        "loss": loss[np.minimum(step, len(loss) - 1).astype(int)],
+    }
+    rises = {
+        "stage": np.array(["rises"]),
+        "rule": np.array([rule]),
+        "replica": np.array([replica]),
+        "step": np.array([float(reached) if len(at) else np.nan]),
+        "before": np.array([higher[:reached].mean() if reached else np.nan]),
+        "after": np.array([higher[reached:].mean() if reached < len(higher) else np.nan]),
+    }
+    return columns, rises, loss

@@ -1,0 +1,113 @@
+"""The edge of stability on digits: checks 9 to 13 and 25 of the specification."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dynamics import record
+from dynamics.data import DataConfig
+from dynamics.models import MLP
+from experiments import stability, training
+from experiments.stability import Batches, Config, Edge
+from experiments.stability.edge import setting
+
+TINY = Config(
+    data=DataConfig(num_train=40),
+    model=MLP(width=8, depth=1, activation="tanh"),
+    study=Edge(rules=("gd", "adam"), steps=8, every=4, replicas=2),
+)
+pytestmark = pytest.mark.xdist_group("edge of stability")  # so that one worker makes the runs
+
+
+def rows(table: record.Table, **equal: Any) -> dict[str, np.ndarray]:
+    here = np.all([table.rows[name] == value for name, value in equal.items()], axis=0)
+    assert here.any(), equal
+    return {name: values[here] for name, values in table.rows.items()}
+
+
+def test_the_table_of_the_edge() -> None:
+    data = stability.load(TINY)
+    table = stability.run(TINY, data)
+    assert set(table.rows["rule"]) == {"gd", "adam", "control"}
+    gd = rows(table, stage="edge", rule="gd")
+    assert set(gd["step"]) == {0, 4, 8} and set(gd["replica"]) == {0, 1}
+    np.testing.assert_allclose(gd["sharpness"] / gd["ratio"], 2 / 0.3, rtol=1e-5)
+    control = rows(table, stage="edge", rule="control")
+    np.testing.assert_allclose(control["sharpness"] / control["ratio"], 2 / 0.3 / 0.33, rtol=1e-5)
+    first = gd["step"] == 0  # the same networks at the start
+    np.testing.assert_allclose(gd["sharpness"][first], control["sharpness"][first], rtol=1e-5)
+    assert table.arrays["loss_gd"].shape == (2, 8)
+    x = (np.asarray(data.train.x, np.float32) - data.train.mean) / data.train.std
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-6)
+    assert x.max() <= 1 and x.min() >= -1
+
+
+def test_the_table_of_batches(tmp_path: Any, monkeypatch: Any) -> None:
+    point = dataclasses.replace(
+        TINY, study=Batches(sizes=(8, 40), steps=6, every=3, averaged=1, replicas=2)
+    )
+    data = stability.load(point)
+    table = stability.run(point, data, store=tmp_path)
+    assert set(table.rows["size"]) == {8, 40} and set(table.rows["step"]) == {0, 3, 6}
+    assert (table.rows["averaged"] == (table.rows["step"] == 6)).all()
+    whole = rows(table, size=40)
+    np.testing.assert_allclose(whole["batch_sharpness"], whole["interaction"], rtol=1e-3)
+    np.testing.assert_allclose(whole["noise"], whole["interaction"], rtol=1e-3)
+    monkeypatch.setattr(training, "train", None)
+    again = stability.run(point, data, store=tmp_path)
+    np.testing.assert_array_equal(table.rows["ratio"], again.rows["ratio"])
+
+
+def test_refusals() -> None:
+    point = dataclasses.replace(TINY, study=Batches(sizes=(8, 41), steps=6))
+    with pytest.raises(ValueError, match="study.sizes must be at most the 40 examples, got 41"):
+        stability.run(point, stability.load(point))
+    with pytest.raises(ValueError, match=r"Edge.rules must be one or more different"):
+        Edge(rules=())
+    assert setting("heavy_ball", TINY).momentum == 0.9
+
+
+@pytest.fixture(scope="module")
+def edge() -> record.Table:
+    """Gradient descent, Nesterov and Adam: 2,500 steps, 2 initialisations."""
+    point = Config(study=Edge(rules=("gd", "nesterov", "adam"), every=25, replicas=2))
+    return stability.run(point, stability.load(point))
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "high"), [("gd", 0.97, 1.06), ("nesterov", 0.95, 1.07), ("adam", 0.92, 1.08)]
+)
+def test_the_sharpness_hovers_at_the_threshold(
+    edge: record.Table, rule: str, low: float, high: float
+) -> None:  # 9, 12, 13
+    for replica in range(2):
+        found = rows(edge, stage="edge", rule=rule, replica=replica)
+        settled = np.flatnonzero(found["reached"] == 1)
+        assert len(settled) > 20, "the edge is not reached"
+        after = found["step"] >= found["step"][settled[0]] + 100
+        assert low <= found["ratio"][after].mean() <= high
+        if rule == "gd":
+            assert np.quantile(found["ratio"][after], 0.05) >= 0.93
+            assert np.quantile(found["ratio"][after], 0.95) <= 1.12
+
+
+def test_before_the_edge_the_loss_falls_at_every_step(edge: record.Table) -> None:  # 10
+    found = rows(edge, stage="rises", rule="gd")
+    assert (found["before"] == 0).all() and (found["after"] > 0.1).all()
+
+
+def test_at_a_lower_rate_the_edge_is_not_reached(edge: record.Table) -> None:  # 11
+    found = rows(edge, stage="edge", rule="control")
+    assert found["ratio"].max() < 0.8
+    rises = rows(edge, stage="rises", rule="control")
+    assert (rises["before"] == 0).all() and np.isnan(rises["step"]).all()
+
+
+@pytest.mark.slow
+def test_small_batches_keep_it_lower() -> None:  # 25
+    point = Config(study=Batches(replicas=2))
+    table = stability.run(point, stability.load(point))
+    means = [rows(table, size=size, averaged=1)["ratio"].mean() for size in (8, 32, 128, 500)]
+    assert (np.diff(means) > 0).all() and 0.95 <= means[-1] <= 1.05
