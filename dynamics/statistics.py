@@ -317,6 +317,82 @@ def precision_recall(found: ArrayLike, wrong: ArrayLike) -> tuple[float, float]:
     return both / hits if hits else math.nan, both / errors if errors else math.nan
 
 
+def learning_rate_sensitivity(
+    rates: ArrayLike, losses: ArrayLike, initial: ArrayLike | float
+) -> np.ndarray:
+    """The mean over rates of (min(loss, initial) - best): f64[...] from losses [..., n].
+
+    ``initial`` [...] is the loss before training, ``best`` the least loss of any rate. A loss that
+    is not finite, of a run that diverged, counts as the initial one; a network that learns at no
+    rate is 0 too. Rates must rise by about equal factors (3 and 10/3 are), for the mean stands for
+    one over log rate; and bracket the best one, else the number says nothing. Those of optimizers
+    or parametrisations that mean different things by a rate can't be compared. ValueError: other
+    rates, other shapes, an initial loss that is not finite.
+
+    Reference: Wortsman et al. 2023, arXiv 2309.14322, section 2.2.
+    """
+    rates = _vector("rates", rates)
+    losses, initial = np.asarray(losses, np.float64), np.asarray(initial, np.float64)
+    if losses.shape != (*initial.shape, len(rates)) or not np.isfinite(initial).all():
+        raise ValueError(
+            f"losses must be [..., {len(rates)}], one a rate, and initial finite [...], got "
+            f"{losses.shape} and {initial.tolist()}"
+        )
+    steps = np.diff(np.log(rates)) if (rates > 0).all() else np.zeros(1)
+    if len(rates) < 2 or steps.min() <= 0 or steps.max() > 1.25 * steps.min():
+        raise ValueError(
+            f"rates must be two or more, rising by about equal factors, got {rates.tolist()}"
+        )
+    most = initial[..., None]
+    clipped = np.where(np.isfinite(losses), np.minimum(losses, most), most)
+    return np.asarray((clipped - clipped.min(axis=-1, keepdims=True)).mean(axis=-1))
+
+
+class Extrapolation(NamedTuple):
+    """A fitted curve at several places, and where one more measurement there would lie."""
+
+    mean: np.ndarray  # f64[m]
+    low: np.ndarray
+    high: np.ndarray
+
+
+def extrapolate(
+    x: ArrayLike, y: ArrayLike, at: ArrayLike, *, degree: int = 2, level: float = 0.95
+) -> Extrapolation:
+    """The log of y as a polynomial in log x, by least squares, at other x; a prediction interval.
+
+    f +- t s sqrt(1 + a (X^T X)^-1 a^T) in log y, with X the powers of log x, a those of log ``at``,
+    s^2 the squared residuals over n - degree - 1, t Student's quantile with as many degrees of
+    freedom. It holds one more measurement at ``at`` with probability ``level`` if log y is such a
+    polynomial with independent normal errors of one size, which nothing can tell outside the
+    data. Give one point, a mean of logarithms say, for each x: replicas share what the polynomial
+    lacks. ValueError: numbers that are not positive, no more than degree + 1 different x.
+
+    Reference: Draper & Smith 1998, Applied Regression Analysis, section 5.1; its use for attention
+    logits: Wortsman et al. 2023, arXiv 2309.14322, section 3.3.
+    """
+    values = {"x": _vector("x", x), "y": _vector("y", y), "at": _vector("at", at)}
+    if bad := [name for name, value in values.items() if value.min() <= 0]:
+        raise ValueError(f"{bad[0]} must be positive, got {values[bad[0]].tolist()}")
+    x, y, at = (np.log(value) for value in values.values())
+    if degree < 0 or len(x) != len(y) or len(set(x)) <= degree + 1:
+        raise ValueError(
+            f"a polynomial of degree {degree} and its error need as many y as x, and more than "
+            f"{degree + 1} different x, got {len(y)} and {len(set(x))} different of {len(x)}"
+        )
+    _check_level(level)
+    middle, spread = x.mean(), x.std()
+    design, there = (np.vander((v - middle) / spread, degree + 1) for v in (x, at))
+    q, r = np.linalg.qr(design)
+    coefficients = np.linalg.solve(r, q.T @ y)
+    dof = len(x) - degree - 1
+    s = math.sqrt(float(np.sum((y - design @ coefficients) ** 2)) / dof)
+    reach = np.sqrt(1 + np.sum(np.linalg.solve(r.T, there.T) ** 2, axis=0))
+    half = student_quantile(0.5 + level / 2, dof) * s * reach
+    mean = there @ coefficients
+    return Extrapolation(np.exp(mean), np.exp(mean - half), np.exp(mean + half))
+
+
 def _vector(name: str, values: ArrayLike, *, finite: bool = True) -> np.ndarray:
     """``values`` as f64[n], n >= 1, without NaN and (``finite``) without infinities."""
     array = np.asarray(values, dtype=np.float64)

@@ -6,9 +6,10 @@ The draws are those of numpy's Generator, which may change between versions of n
 """
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32
 
 from dynamics.data import corrupt
 from dynamics.data.corrupt import Noisy
@@ -101,6 +102,102 @@ def random_labels(seed: int, *, n: int, dim: int, num_classes: int) -> Dataset:
     """
     _check(n, dim, num_classes)
     return _dataset(_normal("random labels", seed, n, dim), _labels(seed, n, num_classes))
+
+
+def symmetric(seed: int, *, n: int, dim: int) -> Dataset:
+    """Inputs of which -x is one if x is, and (1/n) sum x x^T = I to rounding; all labels are 0.
+
+    Known: a linear map w has mean (w x)^2 = |w|^2 on them, and a sum over those with <w, x> > 0 of
+    any even function is half of the whole. ValueError: an n that is odd or less than 2 dim.
+    """
+    _check(n, dim, 2)
+    if n % 2 or n < 2 * dim:
+        raise ValueError(f"n must be even and at least 2 dim = {2 * dim}, got {n}")
+    half = np.linalg.qr(_normal("symmetric", seed, n // 2, dim).astype(np.float64))[0]
+    x = (math.sqrt(n / 2) * half).astype(np.float32)
+    return _dataset(np.concatenate([x, -x]), np.zeros(n, np.int32))
+
+
+def one_against_many(n: int) -> Dataset:
+    """Class 1 at (1/2, -1) once and at (1/2, 1) n - 1 times: the batch perceptron's worst case.
+
+    Known: a plane through the origin separates both from it; batch methods need a number of steps
+    that grows with n, because the one example is 1 / n of a gradient, the perceptron does not.
+
+    Reference: Tyurin 2024, arXiv 2412.08424, section 5.
+    """
+    _check(n, 2, 2)
+    x = np.tile(np.array([0.5, 1.0], np.float32), (n, 1))
+    x[0, 1] = -1
+    return _dataset(x, np.ones(n, np.int32))
+
+
+class Regression(NamedTuple):
+    """Real targets, which a Dataset's labels are not."""
+
+    x: Float32[np.ndarray, "n dim"]
+    targets: Float32[np.ndarray, "n"]
+    weights: Float32[np.ndarray, "dim"]
+
+
+def sparse_regression(seed: int, *, n: int, dim: int, nonzero: int) -> Regression:
+    """``targets = x @ weights``, ``nonzero`` weights of 1 before zeros; every |x| is sqrt(dim).
+
+    Directions of x are uniform. Known: realisable; with n < dim not by these weights alone.
+    """
+    _check(n, dim, 2)
+    if not 1 <= nonzero <= dim:
+        raise ValueError(f"nonzero must be from 1 to dim = {dim}, got {nonzero}")
+    x = _normal("regression", seed, n, dim).astype(np.float64)
+    x *= math.sqrt(dim) / np.linalg.norm(x, axis=1, keepdims=True)
+    weights = (np.arange(dim) < nonzero).astype(np.float32)
+    x = x.astype(np.float32)
+    return Regression(x, x @ weights, weights)
+
+
+def low_rank(seed: int, *, dim: int, rank: int, smallest: float) -> Float32[np.ndarray, "dim rank"]:
+    """A factor u of the positive matrix u u^T, its eigenvalues evenly from 1 to ``smallest``.
+
+    Its directions are uniform; u is what is rounded to float32, so the rank is exact.
+    """
+    _check(1, dim, 2)
+    if not (1 <= rank <= dim and 0 < smallest <= 1):
+        raise ValueError(
+            f"need rank from 1 to dim = {dim} and smallest above 0 and up to 1, got {rank} and "
+            f"{smallest!r}"
+        )
+    directions = np.linalg.qr(_normal("low rank", seed, dim, rank).astype(np.float64))[0]
+    return (directions * np.sqrt(np.linspace(1, smallest, rank))).astype(np.float32)
+
+
+class Sensing(NamedTuple):
+    """Linear measurements of a positive matrix of low rank."""
+
+    matrices: Float32[np.ndarray, "m dim dim"]  # symmetric, E <A, Z>^2 = |Z|^2 for symmetric Z
+    values: Float32[np.ndarray, "m"]  # <A_i, u u^T>, some of them wrong
+    factor: Float32[np.ndarray, "dim rank"]  # u
+    wrong: Bool[np.ndarray, "m"]
+
+
+def sensing(
+    seed: int, *, n: int, dim: int, rank: int, smallest: float = 0.5, outliers: float = 0.0
+) -> Sensing:
+    """``n`` Gaussian measurements of ``low_rank``'s matrix, to a part of which N(5, 10^2) is added.
+
+    The symmetric parts of matrices of independent N(0, 1) entries. Each value is wrong with
+    probability ``outliers``. Reference: Ma and Fattahi 2022, arXiv 2202.08788, for the model.
+    """
+    _check(n, dim, 2)
+    if not 0 <= outliers < 1:
+        raise ValueError(f"outliers must be from 0 to below 1, got {outliers!r}")
+    factor = low_rank(seed, dim=dim, rank=rank, smallest=smallest)
+    a = _normal("sensing", seed, n, dim, dim)
+    a = (a + a.transpose(0, 2, 1)) / np.float32(2)
+    truth = factor.astype(np.float64) @ factor.T.astype(np.float64)
+    values = a.reshape(n, -1).astype(np.float64) @ truth.ravel()
+    wrong = _generator("outliers", seed).random(n) < outliers
+    values += np.where(wrong, 5 + 10 * _generator("sizes", seed).standard_normal(n), 0)
+    return Sensing(a, values.astype(np.float32), factor, wrong)
 
 
 def _check(n: int, dim: int, num_classes: int) -> None:
