@@ -1,5 +1,6 @@
 """Consistency over scales, and the task that is trained with it."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -24,6 +25,8 @@ BATCH = Batch(
     index=jnp.arange(4, dtype=jnp.int32),
 )
 KEY = jax.random.key(0)
+# tiny nets spend their time in the compiler
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Pixels(nn.Module):
@@ -95,7 +98,7 @@ def trained(net: Any, weight: float, **options: Any) -> Any:
     def loss(params: Any) -> Any:
         return made.loss(params, extras, BATCH, KEY, {"consistency": jnp.float32(weight)})
 
-    return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    return jit(jax.value_and_grad(loss, has_aux=True))(params)
 
 
 def scaled(net: Any, scale: float) -> np.ndarray:
@@ -104,14 +107,14 @@ def scaled(net: Any, scale: float) -> np.ndarray:
     side = round(8 * scale)
     x = jax.image.resize(BATCH.x, (4, side, side), "bilinear")
     other = BATCH.replace(x=x, y=jnp.zeros((4, side, side), jnp.int32))
-    logits = plain.evaluate(params, extras, other, {}).logits
+    logits = jit(plain.evaluate)(params, extras, other, {}).logits
     return np.asarray(jax.image.resize(logits, (4, 8, 8, 3), "bilinear"))
 
 
 def test_weight_zero_is_the_task(net: Any) -> None:
     plain, params, extras = net
     (loss, (_, aux)), grads = trained(net, 0.0)
-    (wanted, (_, seen)), its = jax.jit(
+    (wanted, (_, seen)), its = jit(
         jax.value_and_grad(lambda p: plain.loss(p, extras, BATCH, KEY, {}), has_aux=True)
     )(params)
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
@@ -140,7 +143,7 @@ def test_the_loss_is_cross_entropy_plus_weighted_consistency(net: Any, scales: A
 def test_evaluation_returns_the_log_of_the_mean_probability(net: Any) -> None:
     plain, params, extras = net
     made = multiscale(plain, scales=(0.5, 1.0, 2.0))
-    aux = made.evaluate(params, extras, BATCH, {})
+    aux = jit(made.evaluate)(params, extras, BATCH, {})
     p = [jax.nn.softmax(jnp.asarray(scaled(net, s)), axis=-1) for s in (0.5, 1.0, 2.0)]
     np.testing.assert_allclose(jax.nn.softmax(aux.logits, axis=-1), sum(p) / 3, rtol=1e-5)
     wanted = -jnp.log(jnp.take_along_axis(sum(p) / 3, BATCH.y[..., None], axis=-1))
@@ -160,7 +163,7 @@ def test_weights_of_examples_weigh_both_terms(net: Any) -> None:
     plain, params, extras = net
     made = multiscale(plain, rho=0.4)
     weight = jnp.asarray([4.0, 0.0, 0.0, 0.0])
-    loss = lambda batch: made.loss(params, extras, batch, KEY, {"consistency": jnp.float32(1)})[0]  # noqa: E731
+    loss = jit(lambda b: made.loss(params, extras, b, KEY, {"consistency": jnp.float32(1)})[0])
     one = jax.tree.map(lambda x: x[:1], BATCH)
     np.testing.assert_allclose(loss(BATCH.replace(weight=weight)), loss(one), rtol=1e-5)
 

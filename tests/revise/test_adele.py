@@ -11,7 +11,7 @@ import tiny
 from flax import linen as nn
 from references import segmentation as reference
 
-from dynamics import fit, mesh, models, optim, task
+from dynamics import fit, mesh, optim, task
 from dynamics.data.stream import resident
 from dynamics.record import Recorder
 from dynamics.revise import DETECT, IGNORED, Adele, Correction, Curve, Detection
@@ -47,9 +47,16 @@ def images() -> tuple[Dataset, np.ndarray]:
     return Dataset(x=x, y=y, index=np.arange(N, dtype=np.int32), mean=blank, std=one), labels
 
 
+class Neighbourhood(nn.Module):
+    """Logits of a pixel from 3 x 3 pixels."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        return nn.Conv(C, (3, 3))(x[..., None])
+
+
 DATA, LABELS = images()
 NET = task.classification(Brightness(), (SIDE, SIDE))
-UNET = models.Unet(width=2, levels=1, convs=1, norm="none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,11 +300,10 @@ def test_another_mesh_gives_the_same_labels(whole: Results) -> None:
         )
 
 
-def test_the_unet_over_scales() -> None:
+def test_convolutions_over_scales() -> None:
     """Convolutions, replica by replica on a CPU, and the labels what the scales say together."""
-    net = multiscale(
-        task.classification(models.make(UNET, C), (SIDE, SIDE)), scales=(0.5, 1.0), rho=0.3
-    )
+    plain = task.classification(Neighbourhood(), (SIDE, SIDE))
+    net = multiscale(plain, scales=(0.5, 1.0), rho=0.3)
     when = np.full((K, C), NEVER, np.int32)
     when[1:, 1] = 1
     revision = adele(
