@@ -60,18 +60,19 @@ def test_the_standard_errors_are_those_of_the_samples() -> None:
 
 
 def test_errors_cover() -> None:
-    """The truth is within two standard errors for most keys, and not within a third of one."""
+    """The truth is within two errors for most keys, and not within a third of one; of XTrace, whose
+    estimates are not independent, within three."""
     a = ref.symmetric(60) + 2 * np.eye(60)
     op = of_matrix(a)
     keys = jax.random.split(jax.random.key(0), 200)
-    for fn, truth in (
-        (curvature.trace, np.trace(a)),
-        (curvature.frobenius, np.linalg.norm(a)),
-        (curvature.xtrace, np.trace(a)),
+    for fn, truth, errors in (
+        (curvature.trace, np.trace(a), 2),
+        (curvature.frobenius, np.linalg.norm(a), 2),
+        (curvature.xtrace, np.trace(a), 3),
     ):
         found = jax.jit(lambda keys, fn=fn: jax.lax.map(lambda k: fn(op, k, 30), keys))(keys)
         z = np.abs(np.asarray(found.value) - truth) / np.asarray(found.error)
-        assert 0.88 < np.mean(z < 2) and np.mean(z < 1 / 3) < 0.5
+        assert 0.88 < np.mean(z < errors) and np.mean(z < 1 / 3) < 0.5
 
 
 def test_the_diagonal_and_its_error() -> None:
