@@ -73,7 +73,8 @@ def _trained(
 ) -> list[tuple[list[dict[str, np.ndarray]], np.ndarray]]:
     first, study = points[0], points[0].study
     assert isinstance(study, Edge)
-    r, settings = study.replicas, [setting(rule, point) for point in points]
+    r, n = study.replicas, len(data.train)
+    settings = [dataclasses.replace(setting(rule, point), batch_size=n) for point in points]
     probe = Sharpness(
         *(net, data.train, study.every, settings[0], study.steps),
         preconditioned=settings[0].rule == "adam",
