@@ -90,16 +90,16 @@ def test_methods_are_paired(table: record.Table) -> None:
 
 
 def test_every_method_at_every_rate(data: Any) -> None:
-    methods = ("ce", "smoothing", "gce", "sce", "elr", "elr_plus")
-    point = dataclasses.replace(TINY, study=Rates(methods=methods, rates=(0.0, 0.5), replicas=2))
+    methods = ("smoothing", "gce", "sce", "elr_plus")
+    point = dataclasses.replace(TINY, study=Rates(methods=methods, rates=(0.0, 0.5), replicas=1))
     table = early_learning.run(point, data)
-    assert len(table.rows["epoch"]) == 6 * 2 * 2 and set(table.rows["epoch"]) == {3}
+    assert len(table.rows["epoch"]) == 4 * 2 and set(table.rows["epoch"]) == {3}
     assert np.isnan(cells(table, rate=0.0)["wrong_correct"]).all()
     assert not np.isnan(cells(table, rate=0.5)["wrong_correct"]).any()
     np.testing.assert_allclose(cells(table, rate=0.5)["wrong"], 0.5)
     assert np.isnan(cells(table, method="gce")["target_correct"]).all()
     assert not np.isnan(cells(table, method="elr_plus", rate=0.5)["target_correct"]).any()
-    measured = [tuple(cells(table, method=m, rate=0.5)["clean_correct"]) for m in methods]
+    measured = [tuple(cells(table, method=m, rate=0.5)["fit_wrong"]) for m in methods]
     assert len(set(measured)) == len(methods)
 
 
@@ -226,7 +226,7 @@ def test_the_gradient_of_wrong_labels_fades_and_theirs_is_held(digits: record.Ta
 
 def test_elr_with_noise_that_includes_the_true_class() -> None:  # A7b
     point = dataclasses.replace(
-        DIGITS, noise="symmetric_including", study=Curves(replicas=5, every=40.0, detected_at=())
+        DIGITS, noise="symmetric_including", study=Curves(replicas=3, every=40.0, detected_at=())
     )
     table = early_learning.run(point, early_learning.load(point))
     elr, ce = (last(table, "test_accuracy", method=m) for m in ("elr", "ce"))
