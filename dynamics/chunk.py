@@ -111,7 +111,8 @@ class Chunk:
             body = lambda i, carry: self._body(i, carry, own, fed, shared)  # noqa: E731
             return jax.lax.fori_loop(0, count, body, (state, self._room()))
 
-        run = population.spread(loop, self.mesh, self.how, carried=True)
+        outs = jax.eval_shape(self._room)
+        run = population.spread(loop, self.mesh, self.how, carried=outs)
 
         def train_chunk(state: TrainState, rest: PyTree, count: jax.Array, shared: PyTree) -> Any:
             return run((state, rest), count, shared)
