@@ -227,7 +227,14 @@ STUDIES = [
 ]
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=lambda s: type(s).__name__)
+LONG = (Transfer, Connectivity, Timing)  # to compile; each like one that is tried
+
+
+@pytest.mark.parametrize(
+    "study",
+    [pytest.param(s, marks=[pytest.mark.slow] * isinstance(s, LONG)) for s in STUDIES],
+    ids=lambda s: type(s).__name__,
+)
 def test_every_study_is_the_same_from_a_store_and_when_it_is_cut(
     study: Any, data: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:

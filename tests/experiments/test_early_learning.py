@@ -112,6 +112,7 @@ def test_the_grid_is_one_population_with_one_row_for_cross_entropy(data: Any) ->
     assert places == {("ce", 0, 0), ("elr", 2, 0), ("elr", 2, 0.9)}
 
 
+@pytest.mark.slow
 def test_points_of_a_sweep_are_those_alone(data: Any) -> None:
     points = configs.grid(TINY, {"rate": (0.2, 0.4), "strength": (3.0,), "seed": (0, 1)})
     together = early_learning.sweep(points, data)

@@ -122,6 +122,7 @@ def test_a_store_changes_nothing_and_a_second_call_computes_nothing(
     assert_equal(table, segmentation_noise.run(TINY, data, mesh.make(), store=tmp_path))
 
 
+@pytest.mark.slow
 def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
     data: Any, table: record.Table, monkeypatch: Any
 ) -> None:

@@ -18,7 +18,6 @@ TINY = Config(
     model=MLP(width=8, depth=1, activation="tanh"),
     study=Edge(rules=("gd", "adam"), steps=8, every=4, replicas=2),
 )
-pytestmark = pytest.mark.xdist_group("edge of stability")  # so that one worker makes the runs
 
 
 def rows(table: record.Table, **equal: Any) -> dict[str, np.ndarray]:
@@ -76,30 +75,21 @@ def edge() -> record.Table:
     return stability.run(point, stability.load(point))
 
 
-@pytest.mark.parametrize(
-    ("rule", "low", "high"), [("gd", 0.97, 1.06), ("nesterov", 0.95, 1.07), ("adam", 0.92, 1.08)]
-)
-def test_the_sharpness_hovers_at_the_threshold(
-    edge: record.Table, rule: str, low: float, high: float
-) -> None:  # 9, 12, 13
-    for replica in range(2):
-        found = rows(edge, stage="edge", rule=rule, replica=replica)
-        settled = np.flatnonzero(found["reached"] == 1)
-        assert len(settled) > 20, "the edge is not reached"
-        after = found["step"] >= found["step"][settled[0]] + 100
-        assert low <= found["ratio"][after].mean() <= high
-        if rule == "gd":
-            assert np.quantile(found["ratio"][after], 0.05) >= 0.93
-            assert np.quantile(found["ratio"][after], 0.95) <= 1.12
-
-
-def test_before_the_edge_the_loss_falls_at_every_step(edge: record.Table) -> None:  # 10
-    found = rows(edge, stage="rises", rule="gd")
+def test_the_edge_of_stability(edge: record.Table) -> None:
+    """In one test, so that one worker makes the runs."""
+    for rule, low, high in (("gd", 0.97, 1.06), ("nesterov", 0.95, 1.07), ("adam", 0.92, 1.08)):
+        for replica in range(2):  # 9, 12, 13
+            found = rows(edge, stage="edge", rule=rule, replica=replica)
+            settled = np.flatnonzero(found["reached"] == 1)
+            assert len(settled) > 20, "the edge is not reached"
+            after = found["step"] >= found["step"][settled[0]] + 100
+            assert low <= found["ratio"][after].mean() <= high
+            if rule == "gd":
+                assert np.quantile(found["ratio"][after], 0.05) >= 0.93
+                assert np.quantile(found["ratio"][after], 0.95) <= 1.12
+    found = rows(edge, stage="rises", rule="gd")  # 10: the loss falls at every step before it
     assert (found["before"] == 0).all() and (found["after"] > 0.1).all()
-
-
-def test_at_a_lower_rate_the_edge_is_not_reached(edge: record.Table) -> None:  # 11
-    found = rows(edge, stage="edge", rule="control")
+    found = rows(edge, stage="edge", rule="control")  # 11: at a lower rate it is not reached
     assert found["ratio"].max() < 0.8
     rises = rows(edge, stage="rises", rule="control")
     assert (rises["before"] == 0).all() and np.isnan(rises["step"]).all()

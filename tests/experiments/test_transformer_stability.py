@@ -97,6 +97,7 @@ def test_what_an_intervention_changes() -> None:
     assert str(programs["qk_norm"]) == "d32-qk_norm"
 
 
+@pytest.mark.slow
 def test_coefficients_are_replicas_and_points_are_those_alone(tiny: Config) -> None:
     data = transformer_stability.load(tiny)
     study = Rates(interventions=("none", "z_loss"), widths=(8,), rates=RATES, every=6, replicas=1)
