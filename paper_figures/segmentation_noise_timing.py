@@ -147,9 +147,11 @@ def _panel(axes: Axes, letter: str, study: Study, column: str) -> list[dict[str,
 
 
 def _caption(study: Study) -> str:
+    among = reading.value(study.run, "among")
+    again = ", and those before it once more" if among == "active" else ""
     return (
         f"{study.scale}, {reading.count(study.seeds, 'paired seed')}; IoU is the mean of disk and "
         f"square with the clean labels over the last {LAST} epochs. ADELE corrects each class at "
-        "its onset (ticks)."
+        f"its onset (ticks){again}."
         + (" Bands are 95 % intervals of the mean." if study.seeds > 1 else " No intervals.")
     )

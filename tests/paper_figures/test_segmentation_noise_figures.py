@@ -49,7 +49,7 @@ def rows_of(method, at, above, onsets, replica):
 
 
 def made(kind, rows, arrays, **study):
-    config = {"kind": "Config", "epochs": EPOCHS, "model": {"kind": "Unet", "width": 8},
+    config = {"kind": "Config", "epochs": EPOCHS, "among": "active", "model": {"kind": "Unet", "width": 8},
               "study": {"kind": kind, **study}}  # fmt: skip
     table = pl.DataFrame([{"stage": kind.lower(), **row} for row in rows])
     arrays = {"index": np.arange(30, dtype=np.int32), **arrays}
