@@ -1,5 +1,5 @@
-"""Segmentation from noisy outlines, a disk and a square: five minutes on two CPU cores, the sweep of
-both studies ten.
+"""Segmentation from noisy outlines, a disk and a square: five minutes on two CPU cores, the
+sweep of both studies ten.
 
 python -m experiments segmentation_noise configs/segmentation_noise/shapes.py
 python -m experiments sweep segmentation_noise configs/segmentation_noise/shapes.py

@@ -49,8 +49,8 @@ def rows_of(method, at, above, onsets, replica):
 
 
 def made(kind, rows, arrays, **study):
-    config = {"kind": "Config", "epochs": EPOCHS, "among": "active", "model": {"kind": "Unet", "width": 8},
-              "study": {"kind": kind, **study}}  # fmt: skip
+    config = {"kind": "Config", "epochs": EPOCHS, "among": "active",
+              "model": {"kind": "Unet", "width": 8}, "study": {"kind": kind, **study}}  # fmt: skip
     table = pl.DataFrame([{"stage": kind.lower(), **row} for row in rows])
     arrays = {"index": np.arange(30, dtype=np.int32), **arrays}
     return record.Run(Path("runs/made_up/x"), "00c0ffee", config, {}, table, arrays, done=True)
