@@ -43,6 +43,7 @@ def test_the_table_of_the_edge() -> None:
     assert x.max() <= 1 and x.min() >= -1
 
 
+@pytest.mark.slow
 def test_the_table_of_batches(tmp_path: Any, monkeypatch: Any) -> None:
     point = dataclasses.replace(
         TINY, study=Batches(sizes=(8, 40), steps=6, every=3, averaged=1, replicas=2)
@@ -75,6 +76,7 @@ def edge() -> record.Table:
     return stability.run(point, stability.load(point))
 
 
+@pytest.mark.slow
 def test_the_edge_of_stability(edge: record.Table) -> None:
     """In one test, so that one worker makes the runs."""
     for rule, low, high in (("gd", 0.97, 1.06), ("nesterov", 0.95, 1.07), ("adam", 0.92, 1.08)):

@@ -18,6 +18,9 @@ TWO_PROGRAMS = ("none", "qk_norm", "z_loss", "no_decay", "scaled_decay")
 RATES = (1e-2, 1e-1)  # populations of 16 and of 4 everywhere: programs that are compiled once
 
 
+pytestmark = pytest.mark.slow  # compiling takes most of a minute
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: Any) -> Config:
     """A few steps of nets of width 8 on 2,000 letters."""
