@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import costs, early_learning, scores, speed
+from benchmarks import costs, curvature, early_learning, scores, speed
 from benchmarks.measure import Result
 from dynamics import mesh, record
 
@@ -36,6 +36,11 @@ BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "elr_digits": early_learning.elr_digits,
     "elr_mnist": early_learning.elr_mnist,
     "elr_rows": early_learning.elr_rows,
+    "curvature_digits": curvature.curvature_digits,
+    "curvature_mnist": curvature.curvature_mnist,
+    "curvature_convnet": curvature.curvature_convnet,
+    "curvature_transformer": curvature.curvature_transformer,
+    "sharpness_watched": curvature.sharpness_watched,
 }
 HEADER = ("name", "what", "ours", "theirs", "ratio", "goal", "met", "first lap", "others", "note")
 

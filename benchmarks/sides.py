@@ -1,7 +1,7 @@
 """What is trained, and ``fit`` as a side of a race."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +96,7 @@ def through_fit(
     replicas: int = 1,
     net: Task | None = None,
     change: Callable[[Stream], Stream] = lambda stream: stream,
+    probes: Sequence[Any] = (),
     **options: Any,
 ) -> Side:
     """``fit`` of a population, ``steps`` steps a lap; ``options`` are fit's own."""
@@ -107,7 +108,7 @@ def through_fit(
         keys = jax.random.split(jax.random.key(0), replicas)
         state = fit.init(trained, optimizer, keys, optim.hyperparameters(TRAIN), mesh)
         stream = change(resident(job.data, job.batch_size, replicas))
-        probes = [LapProbe(steps, laps, lap)]
-        fit.fit(trained, optimizer, state, stream, total, mesh, probes=probes, **options)
+        watching = [*probes, LapProbe(steps, laps, lap)]
+        fit.fit(trained, optimizer, state, stream, total, mesh, probes=watching, **options)
 
     return run

@@ -175,7 +175,10 @@ def test_a_step_moves_rows_and_never_the_table(shape: tuple[int, int, int]) -> N
 
 @pytest.mark.parametrize(
     ("kind", "train"),
-    [("convnet", {}), ("mlp", {"rule": "adam", "learning_rate": 1e-3})],
+    [
+        pytest.param("convnet", {}, marks=pytest.mark.slow),
+        ("mlp", {"rule": "adam", "learning_rate": 1e-3}),
+    ],
 )
 @pytest.mark.parametrize("make", [task.elr, task.elr_plus])
 def test_composes(make: Any, kind: str, train: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Meshes: the same trajectory on all of them, and nothing between replicas."""
 
+import itertools
 import re
 from typing import Any
 
@@ -15,19 +16,30 @@ from dynamics.record import Recorder
 SHAPES = [(8, 1, 1), (2, 4, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 
 
-@pytest.fixture(scope="module", params=["mlp", "convnet", "transformer"])
+@pytest.fixture(scope="module")
 def reference(request: Any) -> Any:
     p = tiny.problem(request.param)
     return p, tiny.run(p, mesh.make(), 8)
 
 
-@pytest.mark.parametrize("rules", [mesh.TENSOR_PARALLEL, mesh.FULLY_SHARDED], ids=["tp", "fsdp"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def cases() -> list[Any]:
+    """The MLP on every mesh; what compiles longer on the one that splits everything, else slow."""
+    rules = {"tp": mesh.TENSOR_PARALLEL, "fsdp": mesh.FULLY_SHARDED}
+    found = []
+    for kind, shape, rule in itertools.product(("mlp", "convnet", "transformer"), SHAPES, rules):
+        if rule == "fsdp" and shape[1] == 1:
+            continue  # nothing to shard over data
+        quick = kind == "mlp" or shape == (2, 2, 2)
+        marks = () if quick else pytest.mark.slow
+        name = f"{kind}-{'x'.join(map(str, shape))}-{rule}"
+        found.append(pytest.param(kind, shape, rules[rule], id=name, marks=marks))
+    return found
+
+
+@pytest.mark.parametrize(("reference", "shape", "rules"), cases(), indirect=["reference"])
 def test_every_mesh_gives_the_same_trajectory(reference: Any, shape: Any, rules: Any) -> None:
     """Every loss within 2e-6 of itself, every array of the final state within 2e-6 of its norm."""
     p, expected = reference
-    if rules is mesh.FULLY_SHARDED and shape[1] == 1:
-        pytest.skip("nothing to shard over data")
     here = mesh.make(*shape)
     found = tiny.run(p, here, 8, rules=rules)
     np.testing.assert_allclose(found.rows["loss"], expected.rows["loss"], rtol=2e-6)

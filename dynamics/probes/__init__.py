@@ -9,6 +9,7 @@ from dynamics.probes.memorisation import Memorisation
 from dynamics.probes.path import Path
 from dynamics.probes.score import Score
 from dynamics.probes.sharpness import Sharpness
+from dynamics.probes.spectrum import Spectrum
 from dynamics.probes.transformer import Attention, Outputs, Updates
 from dynamics.probes.velocity import KernelVelocity
 from dynamics.probes.vog import VarianceOfGradients
@@ -26,6 +27,7 @@ __all__ = [
     "Path",
     "Score",
     "Sharpness",
+    "Spectrum",
     "Updates",
     "VarianceOfGradients",
 ]

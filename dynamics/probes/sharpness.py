@@ -65,10 +65,10 @@ class Sharpness:
         warm = bool(carry["begun"].all())
         batches = curvature.cut_dataset(self.data, self.batch_size)
         own = (state, carry["vector"])
-        convolves = _convolves(self.task, state, batches)
-        begin, extend, finish = _program(self.task, self.preconditioned, warm, convolves)
+        driven = convolves(self.task, state, batches)
+        begin, extend, finish = _program(self.task, self.preconditioned, warm, driven)
         k = self.warm if warm else self.cold
-        if convolves:
+        if driven:
             krylov = each(begin(k))(own, batches)
             for _ in range(k):
                 krylov = each(extend)((own, krylov), batches)
@@ -112,12 +112,12 @@ def preconditioner(state: TrainState) -> PyTree:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    task: Task, preconditioned: bool, warm: bool, convolves: bool
+    task: Task, preconditioned: bool, warm: bool, driven: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """The same function objects for the same probe, so that each is compiled once."""
 
     def operator_of(state: TrainState, batches: Batch) -> curvature.Operator:
-        found = curvature.of_task(task, state, batches, unroll=convolves)
+        found = curvature.of_task(task, state, batches, unroll=driven)
         return curvature.preconditioned(found, preconditioner(state)) if preconditioned else found
 
     @functools.cache
@@ -161,7 +161,7 @@ def _looped(begin: Callable[..., Any], extend: Callable[..., Any], k: int) -> Ca
     return found
 
 
-def _convolves(task: Task, state: TrainState, batches: Batch) -> bool:
+def convolves(task: Task, state: TrainState, batches: Batch) -> bool:
     """Whether a product would convolve, on a CPU."""
     if next(iter(state.step.devices())).platform != "cpu":
         return False

@@ -2,8 +2,9 @@
 
 ``Edge``: full-batch gradient descent, heavy ball, Nesterov, Adam and RMSProp, each with its own
 threshold (of the preconditioned Hessian for the last two). ``Batches``: SGD of several batch sizes,
-whose noise keeps the sharpness lower. Square loss and tanh, because cross-entropy leaves the edge
-late in training and ReLU networks may never reach it.
+whose noise keeps the sharpness lower. ``Spectra``: the density of all eigenvalues over training.
+Square loss and tanh by default, because cross-entropy leaves the edge late in training and ReLU
+networks may never reach it.
 
 Reference: Cohen et al. 2021, arXiv 2103.00065, and 2022, arXiv 2207.14484.
 """
@@ -22,10 +23,10 @@ from dynamics.data import sources
 from dynamics.data.sources import Splits
 from dynamics.record import Recorder, Table
 from dynamics.types import Task
-from experiments.stability import batches, edge
-from experiments.stability.config import Batches, Config, Edge
+from experiments.stability import batches, edge, spectra
+from experiments.stability.config import Batches, Config, Edge, Spectra
 
-__all__ = ["Batches", "Config", "Edge", "load", "run", "sweep"]
+__all__ = ["Batches", "Config", "Edge", "Spectra", "load", "run", "sweep"]
 
 
 def load(config: Config, folder: Path | str | None = None) -> Splits:
@@ -56,9 +57,9 @@ def sweep(
 ) -> list[Table]:
     """The study at every point, all in one population; points differ in Replica fields only.
 
-    Rows and arrays are the study's: ``edge.study`` and ``batches.study`` say which. With a
-    ``store`` each is kept under the fingerprint of its config. ValueError: a batch of more than the
-    data, a mesh that the population does not divide over.
+    Rows and arrays are the study's: ``study`` of ``edge``, ``batches`` and ``spectra`` says which.
+    With a ``store`` each is kept under the fingerprint of its config. ValueError: a batch of more
+    than the data, a mesh that the population does not divide over.
     """
     first = configs[0]
     if mesh is not None:
@@ -79,4 +80,8 @@ def _net(config: Config, data: Splits) -> Task:
     return task.of_dataset(module, data.train, loss=chosen[config.loss])
 
 
-STUDIES: dict[type, Callable[..., list[Table]]] = {Edge: edge.study, Batches: batches.study}
+STUDIES: dict[type, Callable[..., list[Table]]] = {
+    Edge: edge.study,
+    Batches: batches.study,
+    Spectra: spectra.study,
+}

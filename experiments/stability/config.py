@@ -57,6 +57,30 @@ class Batches:
 
 
 @frozen
+class Spectra:
+    """Full-batch gradient descent: the density of the eigenvalues of the Hessian over training."""
+
+    learning_rate: Annotated[Positive, Replica] = 0.3
+    """Of plain gradient descent"""
+    steps: Count = 2500
+    """Full-batch steps"""
+    measured: tuple[int, ...] = (0, 30, 100, 200, 400, 800, 1500)
+    """Steps after which the spectrum is measured, besides the last"""
+    k: Count = 80
+    """Lanczos steps from each random vector: the resolution"""
+    num: Count = 10
+    """Random vectors: what the errors of traces fall with"""
+    replicas: Count = 3
+    """Initialisations"""
+
+    def __post_init__(self) -> None:
+        if any(step < 0 for step in self.measured):
+            raise ValueError(f"Spectra.measured must be steps >= 0, got {self.measured}")
+        if self.num < 2:
+            raise ValueError(f"Spectra.num must be at least 2, one has no error, got {self.num}")
+
+
+@frozen
 class Config:
     """One study of the sharpness of a network while it trains."""
 
@@ -65,7 +89,7 @@ class Config:
     model: models.Model = models.MLP(width=32, depth=2, activation="tanh")
     loss: Literal["squared_error", "cross_entropy"] = "squared_error"
     """squared_error: 1/2 the squared distance to the one-hot label"""
-    study: Edge | Batches = Edge()
+    study: Edge | Batches | Spectra = Edge()
     cold: Count = 20
     """Lanczos steps of the first measurement of a run"""
     warm: Count = 8

@@ -1,7 +1,9 @@
 """Full-batch training beside the threshold of each optimizer."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,15 +18,14 @@ from experiments import training
 from experiments.stability.config import Config, Edge
 
 PLAIN = Train(momentum=0.0, nesterov=False)
+ADAM = Train(rule="adam", nesterov=False, learning_rate=1e-3, second_moment=0.99, epsilon=1e-7)
 RULES = {
     "gd": dataclasses.replace(PLAIN, learning_rate=0.3),
     "control": dataclasses.replace(PLAIN, learning_rate=0.3),
     "heavy_ball": dataclasses.replace(PLAIN, learning_rate=0.5, momentum=0.9),
     "nesterov": Train(learning_rate=0.2, momentum=0.9),
-    "adam": Train(rule="adam", learning_rate=1e-3, second_moment=0.99, epsilon=1e-7),
-    "rmsprop": Train(
-        rule="adam", momentum=0.0, learning_rate=1e-3, second_moment=0.99, epsilon=1e-7
-    ),
+    "adam": ADAM,
+    "rmsprop": dataclasses.replace(ADAM, momentum=0.0),
 }
 REACHED = 0.98  # of the threshold
 
@@ -44,10 +45,12 @@ def study(
     first = points[0]
     assert isinstance(first.study, Edge)
     rules = [*first.study.rules, *(["control"] if "gd" in first.study.rules else [])]
-    for rule in rules:
-        for p, (columns, loss) in enumerate(_trained(rule, points, net, data, mesh, recorder)):
-            rows[p] += columns
-            arrays[p][f"loss_{rule}"] = loss
+    for program, group in itertools.groupby(sorted(rules, key=_program), key=_program):
+        together = sorted(group, key=rules.index)
+        for rule, found in _trained(program, together, points, net, data, mesh, recorder).items():
+            for p, (columns, loss) in enumerate(found):
+                rows[p] += columns
+                arrays[p][f"loss_{rule}"] = loss
     return [
         Table(training.stacked(parts), found) for parts, found in zip(rows, arrays, strict=True)
     ]
@@ -63,40 +66,48 @@ def setting(rule: str, point: Config) -> Train:
     return dataclasses.replace(made, learning_rate=rate, weight_decay=point.weight_decay)
 
 
+def _program(rule: str) -> str:
+    """Rules that differ in numbers alone train in one population."""
+    return RULES[rule].rule + "_nesterov" * RULES[rule].nesterov
+
+
 def _trained(
-    rule: str,
+    program: str,
+    rules: Sequence[str],
     points: Sequence[Config],
     net: Task,
     data: Splits,
     mesh: Mesh | None,
     recorder: Recorder | None,
-) -> list[tuple[list[dict[str, np.ndarray]], np.ndarray]]:
+) -> dict[str, list[tuple[list[dict[str, np.ndarray]], np.ndarray]]]:
+    """Of every rule and point: its rows, and the loss of every step [R, steps]."""
     first, study = points[0], points[0].study
     assert isinstance(study, Edge)
     r, n = study.replicas, len(data.train)
-    settings = [dataclasses.replace(setting(rule, point), batch_size=n) for point in points]
+    cells = [(rule, p) for rule in rules for p in range(len(points))]
+    settings = [dataclasses.replace(setting(rule, points[p]), batch_size=n) for rule, p in cells]
     probe = Sharpness(
         *(net, data.train, study.every, settings[0], study.steps),
         preconditioned=settings[0].rule == "adam",
         cold=first.cold,
         warm=first.warm,
     )
-    roots = training.keys([p.seed for p in points], r, 0)
+    roots = training.keys([points[p].seed for _, p in cells], r, 0)
     results = training.train(
         *(settings, roots, net, data.train, study.steps, mesh),
-        recorder and recorder.stage(rule),
-        name=rule,
+        recorder and recorder.stage(program),
+        name=" ".join(rules),
         probes=[probe],
         feed=lambda _: whole(data.train, len(roots)),
         record_every=1,
     )
     order = np.lexsort((results.rows["step"], results.rows["replica"]))
     table = {name: values[order] for name, values in results.rows.items()}
-    out = []
-    for p in range(len(points)):
-        mine = [_one(rule, table, p * r + k, k) for k in range(r)]
+    out: dict[str, list[Any]] = {rule: [] for rule in rules}
+    for cell, (rule, _) in enumerate(cells):
+        mine = [_one(rule, table, cell * r + k, k) for k in range(r)]
         loss = np.stack([found[2] for found in mine])
-        out.append(([part for found in mine for part in found[:2]], loss))
+        out[rule].append(([part for found in mine for part in found[:2]], loss))
     return out
 
 

@@ -227,7 +227,7 @@ STUDIES = [
 ]
 
 
-LONG = (Transfer, Connectivity, Timing)  # to compile; each like one that is tried
+LONG = (Transfer, Connectivity, Timing, Window, Velocity)  # to compile; each like one that is tried
 
 
 @pytest.mark.parametrize(

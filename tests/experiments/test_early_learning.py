@@ -174,8 +174,6 @@ def test_a_model_and_an_optimizer_are_values(data: Any) -> None:
 
 # ---- digits ------------------------------------------------------------------------------------
 
-pytestmark = pytest.mark.xdist_group("early learning")  # so that one worker makes them
-
 
 @pytest.fixture(scope="module")
 def digits() -> record.Table:

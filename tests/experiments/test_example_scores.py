@@ -14,9 +14,6 @@ from experiments.data_diet import Config, Ranking, Scoring, scoring
 NOISE = (0.0, 0.1, 0.2, 0.4)
 
 
-pytestmark = pytest.mark.xdist_group("banks")  # so that one worker makes them
-
-
 @pytest.fixture(scope="module")
 def banks() -> dict[float, dict[str, np.ndarray]]:
     """Scores of 10 runs at each noise rate."""

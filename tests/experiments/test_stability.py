@@ -10,7 +10,7 @@ from dynamics import record
 from dynamics.data import DataConfig
 from dynamics.models import MLP
 from experiments import stability, training
-from experiments.stability import Batches, Config, Edge
+from experiments.stability import Batches, Config, Edge, Spectra
 from experiments.stability.edge import setting
 
 TINY = Config(
@@ -26,21 +26,21 @@ def rows(table: record.Table, **equal: Any) -> dict[str, np.ndarray]:
     return {name: values[here] for name, values in table.rows.items()}
 
 
-def test_the_table_of_the_edge() -> None:
-    data = stability.load(TINY)
-    table = stability.run(TINY, data)
-    assert set(table.rows["rule"]) == {"gd", "adam", "control"}
-    gd = rows(table, stage="edge", rule="gd")
-    assert set(gd["step"]) == {0, 4, 8} and set(gd["replica"]) == {0, 1}
-    np.testing.assert_allclose(gd["sharpness"] / gd["ratio"], 2 / 0.3, rtol=1e-5)
-    control = rows(table, stage="edge", rule="control")
-    np.testing.assert_allclose(control["sharpness"] / control["ratio"], 2 / 0.3 / 0.33, rtol=1e-5)
-    first = gd["step"] == 0  # the same networks at the start
-    np.testing.assert_allclose(gd["sharpness"][first], control["sharpness"][first], rtol=1e-5)
-    assert table.arrays["loss_gd"].shape == (2, 8)
-    x = (np.asarray(data.train.x, np.float32) - data.train.mean) / data.train.std
-    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-6)
-    assert x.max() <= 1 and x.min() >= -1
+def test_the_table_of_spectra() -> None:
+    study = Spectra(steps=6, measured=(0, 3, 9), k=4, num=3, replicas=2)
+    table = stability.run(dataclasses.replace(TINY, study=study), stability.load(TINY))
+    assert table.arrays["steps"].tolist() == [0, 3, 6]
+    nodes, weights = table.arrays["nodes"], table.arrays["weights"]
+    assert nodes.shape == weights.shape == (3, 2, 3, 4)
+    for i, step in enumerate((0, 3, 6)):
+        for replica in range(2):
+            here = rows(table, step=step, replica=replica)
+            n = 64 * 8 + 8 + 8 * 10 + 10
+            trace = n * (nodes[i, replica] * weights[i, replica]).sum(-1)
+            np.testing.assert_allclose(here["trace"], trace.mean(), rtol=1e-5)
+            np.testing.assert_allclose(here["trace_error"], trace.std(ddof=1) / 3**0.5, rtol=1e-4)
+            assert nodes[i, replica].max() < here["sharpness"][0] * (1 + 1e-5)
+            np.testing.assert_allclose(here["sharpness"] / here["ratio"], 2 / 0.3, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -66,19 +66,45 @@ def test_refusals() -> None:
         stability.run(point, stability.load(point))
     with pytest.raises(ValueError, match=r"Edge.rules must be one or more different"):
         Edge(rules=())
+    with pytest.raises(ValueError, match="Spectra.num must be at least 2, one has no error"):
+        Spectra(num=1)
+    with pytest.raises(ValueError, match="Spectra.measured must be steps >= 0, got"):
+        Spectra(measured=(-1,))
     assert setting("heavy_ball", TINY).momentum == 0.9
+
+
+# ---- at the size of the specification -----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def edge() -> record.Table:
     """Gradient descent, Nesterov and Adam: 2,500 steps, 2 initialisations."""
-    point = Config(study=Edge(rules=("gd", "nesterov", "adam"), every=25, replicas=2))
+    point = Config(study=Edge(rules=("gd", "nesterov", "adam"), every=50, replicas=2))
     return stability.run(point, stability.load(point))
 
 
-@pytest.mark.slow
+def test_the_table_of_the_edge(edge: record.Table) -> None:
+    assert set(edge.rows["rule"]) == {"gd", "adam", "nesterov", "control"}
+    gd, control = (rows(edge, stage="edge", rule=rule) for rule in ("gd", "control"))
+    assert set(gd["step"]) == set(range(0, 2501, 50)) and set(gd["replica"]) == {0, 1}
+    np.testing.assert_allclose(gd["sharpness"] / gd["ratio"], 2 / 0.3, rtol=1e-5)
+    np.testing.assert_allclose(control["sharpness"] / control["ratio"], 2 / 0.3 / 0.33, rtol=1e-5)
+    nesterov = rows(edge, stage="edge", rule="nesterov")
+    threshold = (2 + 2 * 0.9) / (1 + 2 * 0.9) / 0.2
+    np.testing.assert_allclose(nesterov["sharpness"] / nesterov["ratio"], threshold, rtol=1e-5)
+    for other in (control, nesterov):  # the same networks at the start
+        a, b = (part["sharpness"][part["step"] == 0] for part in (gd, other))
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    adam = rows(edge, stage="edge", rule="adam")
+    assert set(adam["step"]) == set(range(50, 2501, 50))  # no moments at the start
+    assert edge.arrays["loss_gd"].shape == edge.arrays["loss_adam"].shape == (2, 2500)
+    data = stability.load(TINY)
+    x = (np.asarray(data.train.x, np.float32) - data.train.mean) / data.train.std
+    np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-6)
+    assert x.max() <= 1 and x.min() >= -1
+
+
 def test_the_edge_of_stability(edge: record.Table) -> None:
-    """In one test, so that one worker makes the runs."""
     for rule, low, high in (("gd", 0.97, 1.06), ("nesterov", 0.95, 1.07), ("adam", 0.92, 1.08)):
         for replica in range(2):  # 9, 12, 13
             found = rows(edge, stage="edge", rule=rule, replica=replica)
@@ -89,7 +115,10 @@ def test_the_edge_of_stability(edge: record.Table) -> None:
             if rule == "gd":
                 assert np.quantile(found["ratio"][after], 0.05) >= 0.93
                 assert np.quantile(found["ratio"][after], 0.95) <= 1.12
-    found = rows(edge, stage="rises", rule="gd")  # 10: the loss falls at every step before it
+
+
+def test_the_loss_falls_until_the_edge(edge: record.Table) -> None:
+    found = rows(edge, stage="rises", rule="gd")  # 10: at every step before it
     assert (found["before"] == 0).all() and (found["after"] > 0.1).all()
     found = rows(edge, stage="edge", rule="control")  # 11: at a lower rate it is not reached
     assert found["ratio"].max() < 0.8
