@@ -123,9 +123,8 @@ def _beside(
     there = {n: side(peer, problem.net, found) for n, peer in peers.items() if not peer.missing}
     raced = race(mine | there, 1 if quick else 11)
 
-    def row(what: str, mine: str, peer: Peer, goal: float | None) -> Result:
-        title = f"{what} / {peer.about}: {problem.about}"
-        short = f"{mine}_{name}_{peer.package}"
+    def row(label: str, what: str, mine: str, peer: Peer, goal: float | None) -> Result:
+        title, short = f"{what} / {peer.about}: {problem.about}", f"{label}_{name}_{peer.package}"
         if peer.missing:
             return Result(short, title, goal=goal, skipped=peer.missing)
         note = ", theirs ".join(_said(found[n], problem.truth) for n in (mine, peer.about))
@@ -138,14 +137,13 @@ def _beside(
     papyan, reorthogonalised = densities(steps)
     exact, loose = tops()[:2], tops()[2]
     return [
-        *(row(found_by, "top", peer, goal) for peer in exact),
-        row(found_by, "top", loose, None),
-        row(f"density, {steps} products", "density", papyan, goal),
+        *(row("top", found_by, "top", peer, goal) for peer in exact),
+        row("top_loose", found_by, "top", loose, None),
+        row("density", f"density, {steps} products", "density", papyan, goal),
         row(
+            "density_reorthogonalised",
             f"density, {steps} products, reorthogonalised",
-            "reorthogonalised",
-            reorthogonalised,
-            goal and 1.0,
+            *("reorthogonalised", reorthogonalised, goal and 1.0),
         ),
         *([] if driven else [_product(name, problem, raced, PRODUCTS, found["top"])]),
     ]

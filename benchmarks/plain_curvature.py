@@ -147,7 +147,14 @@ def _power(module: Any, loss: Any, x: Any, y: Any, *, tol: float) -> Found:
 
 
 def _density(module: Any, loss: Any, x: Any, y: Any, *, k: int) -> Found:
+    import torch  # pyright: ignore[reportMissingImports]
     from pyhessian import hessian  # pyright: ignore[reportMissingImports]
 
+    def eig(t: Any, eigenvectors: bool) -> tuple[Any, Any]:
+        """What torch once had and PyHessian 0.1 calls, of a matrix with real eigenvalues."""
+        values, vectors = torch.linalg.eig(t)
+        return torch.stack([values.real, values.imag], dim=1), vectors.real
+
+    torch.eig = eig
     values, _ = hessian(module, loss, data=(x, y), cuda=False).density(iter=k, n_v=1)
     return Found(float(np.max(values)), k)

@@ -58,7 +58,9 @@ def density(
         found = [probe(key) for key in keys]
         nodes, weights = (jnp.stack(x) for x in zip(*found, strict=True))
     else:
-        nodes, weights = jax.lax.map(probe, keys, batch_size=probe_batch)
+        # a vmap over one would turn branches that are rarely taken into work
+        batch = probe_batch if probe_batch > 1 else None
+        nodes, weights = jax.lax.map(probe, keys, batch_size=batch)
     return Density(nodes, weights, jnp.asarray(operator.size, nodes.dtype))
 
 

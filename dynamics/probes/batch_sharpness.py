@@ -49,7 +49,11 @@ class BatchSharpness:
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The three measures, f32[K]."""
         fn = _measured(self.task, self.batch_size, self.num_batches)
-        return carry, each(fn)(state, curvature.cut_dataset(self.data))
+        return carry, each(fn)(state, self._whole)
+
+    @functools.cached_property
+    def _whole(self) -> Batch:
+        return curvature.cut_dataset(self.data)
 
 
 @functools.lru_cache(maxsize=64)

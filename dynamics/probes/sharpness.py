@@ -63,8 +63,7 @@ class Sharpness:
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Both ends of the spectrum, f32[K]."""
         warm = bool(carry["begun"].all())
-        batches = curvature.cut_dataset(self.data, self.batch_size)
-        own = (state, carry["vector"])
+        own, batches = (state, carry["vector"]), self._batches
         driven = convolves(self.task, state, batches)
         begin, extend, finish = _program(self.task, self.preconditioned, warm, driven)
         k = self.warm if warm else self.cold
@@ -72,21 +71,21 @@ class Sharpness:
             krylov = each(begin(k))(own, batches)
             for _ in range(k):
                 krylov = each(extend)((own, krylov), batches)
+            vector, found = each(finish)((own, krylov), batches)
         else:
-            krylov = each(_looped(begin, extend, k))(own, batches)
-        vector, found = each(finish)((own, krylov), batches)
+            vector, found = each(_looped(begin, extend, finish, k))(own, batches)
         if self.train is not None:
             found["ratio"] = found["value"] / self._threshold(state)
         known = jnp.isfinite(found["value"])
         return {"vector": vector, "begun": carry["begun"] | known}, found
 
+    @functools.cached_property
+    def _batches(self) -> Batch:
+        return curvature.cut_dataset(self.data, self.batch_size)
+
     def _threshold(self, state: TrainState) -> jax.Array:
         assert self.train is not None
-        given = state.hyperparameters
-        now = jax.vmap(
-            lambda h, step: thresholds.rate(self.train, step, self.num_steps, hyperparameters=h)  # type: ignore[arg-type]
-        )(given, state.step)
-        return thresholds.stability_threshold(self.train, now, hyperparameters=given)
+        return _thresholds(self.train, self.num_steps)(state.hyperparameters, state.step)
 
 
 def adam(opt_state: PyTree) -> optax.ScaleByAdamState | None:
@@ -151,24 +150,45 @@ def _program(
 
 
 @functools.lru_cache(maxsize=64)
-def _looped(begin: Callable[..., Any], extend: Callable[..., Any], k: int) -> Callable[..., Any]:
-    def found(own: PyTree, batches: Batch) -> curvature.Krylov:
+def _looped(
+    begin: Callable[..., Any], extend: Callable[..., Any], finish: Callable[..., Any], k: int
+) -> Callable[..., Any]:
+    def found(own: PyTree, batches: Batch) -> Any:
         def one(_: jax.Array, krylov: curvature.Krylov) -> curvature.Krylov:
             return extend((own, krylov), batches)
 
-        return jax.lax.fori_loop(0, k, one, begin(k)(own, batches))
+        return finish((own, jax.lax.fori_loop(0, k, one, begin(k)(own, batches))), batches)
 
     return found
+
+
+@functools.lru_cache(maxsize=64)
+def _thresholds(train: Train, num_steps: int) -> Callable[..., jax.Array]:
+    """Of each replica at the rate of its next step, compiled."""
+
+    def found(hyperparameters: Any, steps: jax.Array) -> jax.Array:
+        now = jax.vmap(lambda h, step: thresholds.rate(train, step, num_steps, hyperparameters=h))(
+            hyperparameters, steps
+        )
+        return thresholds.stability_threshold(train, now, hyperparameters=hyperparameters)
+
+    return jax.jit(found)
 
 
 def convolves(task: Task, state: TrainState, batches: Batch) -> bool:
     """Whether a product would convolve, on a CPU."""
     if next(iter(state.step.devices())).platform != "cpu":
         return False
+    leaves, tree = jax.tree.flatten((state, batches))
+    one = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves)
+    return _convolves(task, tree, one)
+
+
+@functools.lru_cache(maxsize=64)
+def _convolves(task: Task, tree: Any, one: tuple[jax.ShapeDtypeStruct, ...]) -> bool:
+    """The same of the shapes of one replica and microbatch: to trace takes longer than to run."""
 
     def forward(state: TrainState, batch: Batch) -> Any:
         return task.evaluate(state.params, state.extras, batch, state.hyperparameters).loss
 
-    member = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), state)
-    batch = jax.eval_shape(lambda tree: jax.tree.map(lambda x: x[0], tree), batches)
-    return population.has_convolution(jax.make_jaxpr(forward)(member, batch))
+    return population.has_convolution(jax.make_jaxpr(forward)(*jax.tree.unflatten(tree, one)))

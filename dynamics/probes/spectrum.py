@@ -53,7 +53,7 @@ class Spectrum:
         self, carry: PyTree, state: TrainState, each: Each
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Moments f32[K], nodes and weights f32[K, num, k]."""
-        batches = curvature.cut_dataset(self.data, self.batch_size)
+        batches = self._batches
         driven = convolves(self.task, state, batches)
         begin, extend, density = _program(self.task, self.num, self.k, self.reorthogonalise, driven)
         if driven:
@@ -69,7 +69,12 @@ class Spectrum:
         size = sum(x.size for x in jax.tree.leaves(state.params)) // len(state.step)
         return carry, _moments(nodes, weights, size) | {"nodes": nodes, "weights": weights}
 
+    @functools.cached_property
+    def _batches(self) -> Batch:
+        return curvature.cut_dataset(self.data, self.batch_size)
 
+
+@functools.partial(jax.jit, static_argnames="size")
 def _moments(nodes: jax.Array, weights: jax.Array, size: int) -> dict[str, jax.Array]:
     """Of each replica; a rule of k nodes is exact up to degree 2 k - 1."""
 
