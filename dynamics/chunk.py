@@ -41,10 +41,10 @@ class Chunk:
         accumulate: int = 1,
     ):
         """Traces the step once, to learn its shapes and whether it convolves."""
-        self.mesh, self.stream = mesh, stream
+        self.mesh, self.stream, self.rules = mesh, stream, rules
         self.where = meshes.shardings(state, mesh, rules)
-        self.shared = jax.device_put(stream.shared, meshes.everywhere(mesh))
-        self.own = jax.device_put(stream.own, meshes.over_replicas(mesh))
+        self.shared = meshes.put(stream.shared, meshes.everywhere(mesh), mesh)
+        self.own = meshes.put(stream.own, meshes.over_replicas(mesh), mesh)
         self._here = len(state.step) // mesh.shape[meshes.AXES[0]]
         self._fed: tuple[int, Iterator[PyTree]] = (-1, iter(()))
 
@@ -90,6 +90,21 @@ class Chunk:
             rest = (self.own, fed)
             state, (aux, metrics) = self._loop(state, rest, np.int32(count), self.shared)
         return state, aux, metrics
+
+    def compiled(self, state: TrainState) -> tuple[PyTree, jax.stages.Compiled]:
+        """The shapes of the Aux of a chunk, and its program (of a step, if they are dispatched)."""
+        lies, shapes = meshes.over_replicas(self.mesh), jax.eval_shape(self._room)
+        k = len(state.step)
+        wide = lambda x: jax.ShapeDtypeStruct((k, *x.shape), x.dtype)  # noqa: E731
+        outs = meshes.placed(jax.tree.map(wide, shapes), lies)
+        fed = meshes.placed(jax.tree.map(wide, self._fed_room()), lies)
+        if self.how == "dispatch":
+            carry, rest = jax.eval_shape(self._prepare, state, self.own, fed)[0]
+            arguments = (carry, rest, np.int32(0), self.shared)
+            return outs[0], self._single.lower(*arguments).compile()
+        rest = (self.own, fed)
+        program = self._loop.lower(state, rest, np.int32(1), self.shared)
+        return outs[0], program.compile()
 
     # ---- the same steps, as a loop inside a program or as a program a step --------------------
 
@@ -161,6 +176,11 @@ class Chunk:
             return ()
         first = next(self.stream.host(0))
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), first)
+
+    def _fed_room(self) -> PyTree:
+        """The shapes of what one replica is fed for a chunk."""
+        wide = lambda x: jax.ShapeDtypeStruct((self.max_steps, *x.shape), x.dtype)  # noqa: E731
+        return jax.tree.map(wide, self._fed_shapes())
 
     def _feed(self, first: int, count: int) -> PyTree:
         """The batches of a chunk, [K, max_steps, ...] with zeros after the last one."""

@@ -1,5 +1,6 @@
 """The only loop over steps: chunks, bounded dispatch, probes, checkpoints, rows."""
 
+import functools
 import logging
 import signal
 import threading
@@ -18,6 +19,7 @@ from dynamics import mesh as meshes
 from dynamics import population, step
 from dynamics.checkpoint import CheckpointError, Checkpoints
 from dynamics.chunk import IN_FLIGHT, Chunk
+from dynamics.plan import Planned
 from dynamics.record import Recorder
 from dynamics.types import NEVER, Probe, Results, Revision, Stream, Task, TrainState
 from dynamics.watch import Watch, next_due
@@ -39,7 +41,8 @@ def init(
 ) -> TrainState:
     """The state of a population, made where it will lie: one replica for each of ``keys`` [K].
 
-    A hyperparameter is one number for all replicas or K of them. ValueError: another length.
+    A hyperparameter is one number for all replicas or K of them. Shapes alone on a mesh of a
+    machine that is not here. ValueError: another length.
     """
     k = len(keys)
     meshes.check(mesh, k)
@@ -53,7 +56,10 @@ def init(
     def make(keys: jax.Array, scalars: dict[str, jax.Array]) -> TrainState:
         return jax.vmap(lambda key, h: step.init(task, optimizer, key, h))(keys, scalars)
 
-    where = meshes.shardings(jax.eval_shape(make, keys, scalars), mesh, rules)
+    shapes = jax.eval_shape(make, keys, scalars)
+    if meshes.is_elsewhere(mesh):
+        return meshes.shaped(shapes, mesh, rules)
+    where = meshes.shardings(shapes, mesh, rules)
     return jax.jit(make, out_shardings=where)(keys, scalars)
 
 
@@ -95,10 +101,15 @@ def fit(
 
     ``how`` overrides ``population.choose``. The state passed in stays valid. Cost: one gradient
     evaluation of the batch for each step and replica; the task's loss is traced twice. ValueError,
-    before anything is compiled, for sizes that don't fit together.
+    before anything is compiled, for sizes that don't fit together. ``plan.Planned`` on a mesh of a
+    machine that is not here (``mesh.topology``): all is compiled for it, and nothing run.
     """
     meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
     _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every, revision)
+    if meshes.is_elsewhere(mesh):
+        options = {"rules": rules, "how": how, "accumulate": accumulate}
+        chunk = functools.partial(Chunk, task, optimizer, state, stream, mesh, **options)
+        raise Planned(chunk, state, probes, num_steps, stream.batch_size)
     checkpoints = Checkpoints(store.path) if store is not None else None
     saving = nullcontext() if checkpoints is None else closing(checkpoints)  # whatever happens
     with saving, _terminated(listen=store is not None) as terminated:

@@ -4,38 +4,53 @@ The only file that names mesh axes. All meshes have Auto axis types: under Expli
 per-example gradients of convolutions fail.
 """
 
+import importlib.util
 import logging
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxlib import xla_client
 
 from dynamics.types import Leaf, PyTree
 
 log = logging.getLogger(__name__)
 
 AXES = ("replica", "data", "model")
+NO_TPU = {  # what libtpu would ask the machine it is on, which has none
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+TPUS = {"v4": "2x2x1", "v5e": "4x4", "v5p": "4x4x4", "v6e": "4x4"}  # and the shape of a slice
 
 Rule = Callable[[tuple[int, ...], Mesh], PartitionSpec]
 Rules = Sequence[tuple[str, Rule]]
 """(regular expression over a leaf's path, rule): the first whose expression is found is used."""
 
 
-def start() -> None:
+def start(*, cache: bool = True) -> None:
     """Prepare this process; call it before anything else touches jax.
 
     Joins the other processes where a cluster is detected (SLURM, Open MPI, Kubernetes, Cloud TPU),
     gives a CPU one device per core (JAX_NUM_CPU_DEVICES overrides), and keeps compiled programs in
-    the user's cache folder. ``DYNAMICS_CACHE`` is the switch for that: a folder, or ``off``.
+    the user's cache folder. ``DYNAMICS_CACHE`` is the switch for that: a folder, or ``off``; so is
+    ``cache``.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         mine = getattr(os, "sched_getaffinity", None)  # Linux only
         jax.config.update("jax_num_cpu_devices", len(mine(0)) if mine else os.cpu_count() or 1)
     folder = os.environ.get("DYNAMICS_CACHE") or str(_user_cache() / "training-dynamics" / "jax")
-    if folder != "off":
+    jax.config.update("jax_enable_compilation_cache", cache)
+    if cache and folder != "off":
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -58,18 +73,27 @@ def _in_cluster() -> bool:
     )
 
 
-def make(replica: int = 1, data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of replica x data x model devices; ValueError if this machine has fewer."""
+def make(
+    replica: int = 1, data: int = 1, model: int = 1, *, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh of replica x data x model devices; ValueError if this machine has fewer.
+
+    ``devices`` are those of another machine: see ``topology``.
+    """
     sizes = dict(zip(AXES, (replica, data, model), strict=True))
     if bad := {name: size for name, size in sizes.items() if size < 1}:
         raise ValueError(f"mesh axes must be at least 1, got {bad}")
-    devices = jax.devices()
-    needed = replica * data * model
+    there, needed = devices is not None, replica * data * model
+    devices = jax.devices() if devices is None else devices
     if needed > len(devices):
+        more = devices[0].platform == "cpu" and not there
         raise ValueError(
-            f"mesh {sizes} needs {needed} devices, this machine has {len(devices)}"
-            + (" (set JAX_NUM_CPU_DEVICES for more)" if devices[0].platform == "cpu" else "")
+            f"mesh {sizes} needs {needed} devices, {'that' if there else 'this'} machine has "
+            f"{len(devices)}{' (set JAX_NUM_CPU_DEVICES for more)' * more}"
         )
+    if there:  # as they come: neighbours of a slice lie along the last axes
+        grid = np.array(devices[:needed]).reshape(replica, data, model)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(
         (replica, data, model), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed]
     )
@@ -85,6 +109,57 @@ def for_population(num_replicas: int) -> Mesh:
             *(num_replicas, used, available, available),
         )
     return make(used)
+
+
+def topology(name: str) -> list[Any]:
+    """The devices of a machine that is not here, to compile for: ``v5e:4x4``, ``cpu:64``.
+
+    ValueError: none that is known, or no libtpu to compile with.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "cpu" and size.isdigit() and int(size) > 0:
+        return list(xla_client.make_cpu_client(num_devices=int(size)).devices())
+    if kind not in TPUS or not re.fullmatch(r"\d+(x\d+)+", size):
+        raise ValueError(
+            f"topology must be cpu:N or one of {', '.join(f'{k}:{v}' for k, v in TPUS.items())} "
+            f"and other sizes of these, got {name!r}"
+        )
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError(f"to compile for {name} install libtpu: pip install -e '.[tpu]'")
+    for variable, value in NO_TPU.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    except Exception as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"libtpu has no topology {name!r}, like {TPUS[kind]} ({why})") from None
+
+
+def is_elsewhere(mesh: Mesh) -> bool:
+    """Whether its devices are of ``topology``, so that programs can be compiled but not run."""
+    return mesh.devices.flat[0].client is not jax.devices()[0].client
+
+
+def put(tree: PyTree, where: Any, mesh: Mesh) -> PyTree:
+    """Arrays on the mesh; of a machine that is not here their shapes alone."""
+    return placed(tree, where) if is_elsewhere(mesh) else jax.device_put(tree, where)
+
+
+def placed(tree: PyTree, where: Any) -> PyTree:
+    """The shapes of arrays, and where they would lie: one sharding, or a tree of them."""
+
+    def shape(x: Any, lies: NamedSharding) -> jax.ShapeDtypeStruct:
+        x = x if hasattr(x, "dtype") else np.asarray(x)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
+
+    if isinstance(where, NamedSharding):
+        return jax.tree.map(lambda x: shape(x, where), tree)
+    return jax.tree.map(shape, tree, where)
+
+
+def shaped(state: PyTree, mesh: Mesh, rules: "Rules") -> PyTree:
+    """The shapes of what lies with its replica, by the rules."""
+    return placed(state, shardings(state, mesh, rules))
 
 
 def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:

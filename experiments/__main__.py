@@ -1,6 +1,7 @@
-"""The command line: ``python -m experiments NAME [PRESET.py] [--flags]``, and ``sweep``."""
+"""The command line: ``python -m experiments NAME [PRESET.py] [--flags]``; sweep, plan, export."""
 
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -24,6 +25,8 @@ usage: python -m experiments NAME [PRESET.py] [--flags]
            one run; NAME --help lists every value with its meaning and default
        python -m experiments sweep NAME [PRESET.py] [--field VALUE VALUE ...] ...
            every point of the grid; without fields, the preset's own sweep
+       python -m experiments plan NAME [PRESET.py] --topology v5e:4x4 [--flags]
+           compile that run for a TPU slice (or cpu:N) and say what a chip would hold and do
        python -m experiments export RUN [--keep PART --score NAME]
            scores of a finished run, and a chosen subset, as npz and parquet
 
@@ -57,25 +60,28 @@ class Refused(Exception):
 def main(argv: Sequence[str]) -> int:
     """Carry out a command; the exit status: 0 done, 2 refused."""
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
-    names = [n for n in names if n not in ("__main__", "progress", "launch", "export", "training")]
+    parts = ("__main__", "progress", "launch", "export", "training", "plan")
+    names = [n for n in names if n not in parts]
     usage = USAGE.format(names=", ".join(names))
     if argv[:1] == ["export"]:
         return export.main(argv[1:])
     if (
         not argv
         or argv[0] in ("-h", "--help")
-        or list(argv[:2]) in (["sweep", "-h"], ["sweep", "--help"])
+        or (argv[0] in ("sweep", "plan") and list(argv[1:2]) in (["-h"], ["--help"]))
     ):
         print(usage)
         return 0 if argv else 2
-    several = argv[0] == "sweep"
-    name, rest = (argv[1] if len(argv) > 1 else "", argv[2:]) if several else (argv[0], argv[1:])
+    several, planned = argv[0] == "sweep", argv[0] == "plan"
+    rest = argv[1:] if several or planned else argv
+    name, rest = (rest[0] if rest else ""), list(rest[1:])
     try:
         if name not in names:
             raise Refused(f"no experiment {name!r}; there are: {', '.join(names)}")
         module = importlib.import_module(f"experiments.{name}")
         preset = _preset(module, rest[0]) if rest and not rest[0].startswith("-") else {}
         flags = rest[1:] if preset else rest
+        topology = _taken(flags, "--topology") if planned else ""
         if several:
             points, where = _sweep_points(module, preset, flags)
         else:
@@ -83,7 +89,39 @@ def main(argv: Sequence[str]) -> int:
     except (Refused, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if planned:
+        return _plan(module, points[0], where, topology)
     return _run(module, name, points, where)
+
+
+def _taken(flags: list[str], name: str) -> str:
+    """The value of a flag that is not the config's, taken out of the others."""
+    if name not in flags[:-1]:
+        raise Refused(f"plan needs {name}, as v5e:4x4, v5p:4x4x4 or cpu:64")
+    at = flags.index(name)
+    value = flags[at + 1]
+    del flags[at : at + 2]
+    return value
+
+
+def _plan(module: ModuleType, point: Any, where: Where, topology: str) -> int:
+    from dynamics import mesh as meshes
+    from dynamics.data import DataError
+    from experiments import plan
+
+    try:
+        meshes.start(cache=False)  # it takes what was compiled for another machine for broken
+        devices = meshes.topology(topology)
+        data = module.load(point, where.data_folder)
+        make = functools.partial(meshes.make, devices=devices)
+        run = functools.partial(module.sweep, (point,), data)
+        print(plan.plan(run, make, topology, len(devices), where.mesh))
+    except (ValueError, OSError, DataError) as error:
+        if where.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def _preset(module: ModuleType, file: str) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_replicas_have_their_own_lambda_and_beta() -> None:
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("kind", ["mlp", "convnet"])
+@pytest.mark.parametrize("kind", ["mlp", pytest.param("convnet", marks=pytest.mark.slow)])
 def test_accumulation_writes_the_same_rows(kind: str) -> None:
     p = held(kind)
     whole, parts = (run(p, mesh.make(), accumulate=a, stream=None) for a in (1, 2))
@@ -130,7 +130,7 @@ def test_a_diverged_replica_keeps_its_targets() -> None:
     assert before.any()
 
 
-@pytest.mark.parametrize("make", [task.elr, task.elr_plus])
+@pytest.mark.parametrize("make", [pytest.param(task.elr, marks=pytest.mark.slow), task.elr_plus])
 def test_a_run_cut_and_continued_has_the_same_bits(make: Any, tmp_path: Any) -> None:
     p = held(make=make)
     stream = doubled(tiny.batches(p, 2)) if make is task.elr_plus else tiny.batches(p, 2)

@@ -27,6 +27,7 @@ landscape
 probes revise
 checkpoint
 chunk watch
+plan
 fit
 """
 LEVEL = {name: i for i, line in enumerate(LAYERS.split("\n")) for name in line.split()}
@@ -46,6 +47,7 @@ JIT = {  # the drivers: everything else composes
     "dynamics/chunk.py",
     "dynamics/watch.py",
     "dynamics/fit.py",
+    "dynamics/plan.py",
     "dynamics/scores/examples.py",
     "dynamics/data/stream.py",
     "dynamics/curvature/drive.py",

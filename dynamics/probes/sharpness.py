@@ -65,7 +65,8 @@ class Sharpness:
         warm = bool(carry["begun"].all())
         own, batches = (state, carry["vector"]), self._batches
         driven = convolves(self.task, state, batches)
-        begin, extend, finish = _program(self.task, self.preconditioned, warm, driven)
+        about = (self.task, self.train, self.num_steps, self.preconditioned)
+        begin, extend, finish = _program(*about, warm, driven)
         k = self.warm if warm else self.cold
         if driven:
             krylov = each(begin(k))(own, batches)
@@ -74,18 +75,12 @@ class Sharpness:
             vector, found = each(finish)((own, krylov), batches)
         else:
             vector, found = each(_looped(begin, extend, finish, k))(own, batches)
-        if self.train is not None:
-            found["ratio"] = found["value"] / self._threshold(state)
         known = jnp.isfinite(found["value"])
         return {"vector": vector, "begun": carry["begun"] | known}, found
 
     @functools.cached_property
     def _batches(self) -> Batch:
         return curvature.cut_dataset(self.data, self.batch_size)
-
-    def _threshold(self, state: TrainState) -> jax.Array:
-        assert self.train is not None
-        return _thresholds(self.train, self.num_steps)(state.hyperparameters, state.step)
 
 
 def adam(opt_state: PyTree) -> optax.ScaleByAdamState | None:
@@ -111,7 +106,12 @@ def preconditioner(state: TrainState) -> PyTree:
 
 @functools.lru_cache(maxsize=64)
 def _program(
-    task: Task, preconditioned: bool, warm: bool, driven: bool
+    task: Task,
+    train: Train | None,
+    num_steps: int,
+    preconditioned: bool,
+    warm: bool,
+    driven: bool,
 ) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """The same function objects for the same probe, so that each is compiled once."""
 
@@ -144,7 +144,13 @@ def _program(
         bottom = curvature.eigenpairs(operator, krylov, 1, smallest=True)
         vector = jax.tree.map(lambda x: x[0], top.vectors)
         found = {"value": top.values[0], "residual": top.residuals[0]}
-        return vector, found | {"smallest": bottom.values[0]}
+        found["smallest"] = bottom.values[0]
+        if train is not None:
+            scalars = state.hyperparameters
+            now = thresholds.rate(train, state.step, num_steps, hyperparameters=scalars)
+            bound = thresholds.stability_threshold(train, now, hyperparameters=scalars)
+            found["ratio"] = found["value"] / bound
+        return vector, found
 
     return begin, extend, finish
 
@@ -160,19 +166,6 @@ def _looped(
         return finish((own, jax.lax.fori_loop(0, k, one, begin(k)(own, batches))), batches)
 
     return found
-
-
-@functools.lru_cache(maxsize=64)
-def _thresholds(train: Train, num_steps: int) -> Callable[..., jax.Array]:
-    """Of each replica at the rate of its next step, compiled."""
-
-    def found(hyperparameters: Any, steps: jax.Array) -> jax.Array:
-        now = jax.vmap(lambda h, step: thresholds.rate(train, step, num_steps, hyperparameters=h))(
-            hyperparameters, steps
-        )
-        return thresholds.stability_threshold(train, now, hyperparameters=hyperparameters)
-
-    return jax.jit(found)
 
 
 def convolves(task: Task, state: TrainState, batches: Batch) -> bool:

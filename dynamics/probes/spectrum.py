@@ -66,31 +66,28 @@ class Spectrum:
             nodes, weights = (jnp.stack(x, axis=1) for x in zip(*points, strict=True))
         else:
             nodes, weights = each(density)(state, batches)
-        size = sum(x.size for x in jax.tree.leaves(state.params)) // len(state.step)
-        return carry, _moments(nodes, weights, size) | {"nodes": nodes, "weights": weights}
+        moments = each(_moments)((state.params, nodes, weights))
+        return carry, moments | {"nodes": nodes, "weights": weights}
 
     @functools.cached_property
     def _batches(self) -> Batch:
         return curvature.cut_dataset(self.data, self.batch_size)
 
 
-@functools.partial(jax.jit, static_argnames="size")
-def _moments(nodes: jax.Array, weights: jax.Array, size: int) -> dict[str, jax.Array]:
-    """Of each replica; a rule of k nodes is exact up to degree 2 k - 1."""
-
-    def of_one(nodes: jax.Array, weights: jax.Array) -> dict[str, jax.Array]:
-        density = curvature.Density(nodes, weights, jnp.asarray(size, nodes.dtype))
-        trace = curvature.functional(density, lambda t: t)
-        square = curvature.functional(density, jnp.square)
-        known = nodes.shape[-1] > 1
-        return {
-            "trace": trace.value,
-            "trace_error": trace.error,
-            "frobenius": jnp.where(known, square.value, jnp.nan),
-            "frobenius_error": jnp.where(known, square.error, jnp.nan),
-        }
-
-    return jax.vmap(of_one)(nodes, weights)
+def _moments(own: PyTree) -> dict[str, jax.Array]:
+    """Of one replica's parameters, nodes, weights; a rule of k nodes is exact to degree 2 k - 1."""
+    params, nodes, weights = own
+    size = sum(x.size for x in jax.tree.leaves(params))
+    density = curvature.Density(nodes, weights, jnp.asarray(size, nodes.dtype))
+    trace = curvature.functional(density, lambda t: t)
+    square = curvature.functional(density, jnp.square)
+    known = nodes.shape[-1] > 1
+    return {
+        "trace": trace.value,
+        "trace_error": trace.error,
+        "frobenius": jnp.where(known, square.value, jnp.nan),
+        "frobenius_error": jnp.where(known, square.error, jnp.nan),
+    }
 
 
 @functools.lru_cache(maxsize=64)

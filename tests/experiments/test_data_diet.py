@@ -227,7 +227,14 @@ STUDIES = [
 ]
 
 
-LONG = (Transfer, Connectivity, Timing, Window, Velocity)  # to compile; each like one that is tried
+LONG = (
+    Transfer,
+    Connectivity,
+    Timing,
+    Window,
+    Velocity,
+    Rescoring,
+)  # to compile; each like one that is tried
 
 
 @pytest.mark.parametrize(

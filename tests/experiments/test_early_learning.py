@@ -89,6 +89,7 @@ def test_methods_are_paired(table: record.Table) -> None:
     assert (ce != elr).any()
 
 
+@pytest.mark.slow
 def test_every_method_at_every_rate(data: Any) -> None:
     methods = ("smoothing", "gce", "sce", "elr_plus")
     point = dataclasses.replace(TINY, study=Rates(methods=methods, rates=(0.0, 0.5), replicas=1))

@@ -1,0 +1,199 @@
+"""``python -m experiments plan NAME [PRESET.py] --topology v5e:4x4``: a run, compiled for a machine
+that is not here: what each chip would hold, compute and exchange, and how long a step would take.
+
+Nothing is run. The first training of the experiment is compiled, with its probes; later stages
+start from numbers that only a run can give. ``--mesh R D M`` is the mesh to compile for, otherwise
+the best of those that divide the replicas and the batch, estimated from one chip's program.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from dynamics.mesh import AXES
+from dynamics.plan import Plan, Planned, Program
+
+GB, MB = 1e9, 1e6
+
+
+class Chip(NamedTuple):
+    """Public figures of one chip."""
+
+    memory: float  # bytes
+    flops: float  # a second, bfloat16
+    bandwidth: float  # bytes a second, of its memory
+    links: float  # bytes a second it can send to its neighbours
+
+
+# cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}, November 2026; links: half of what is given as
+# bidirectional. Of v4 the all-reduce bandwidth of a pod, 1.1 PB/s, over its 4,096 chips.
+CHIPS = {
+    "v4": Chip(32 * 2**30, 275e12, 1200e9, 268e9),
+    "v5e": Chip(16e9, 197e12, 819e9, 200e9),
+    "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
+    "v6e": Chip(32e9, 918e12, 1638e9, 400e9),
+}
+SENT = {  # of the bytes of its result, what a chip sends in a ring of n chips
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1.0,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1.0,
+}
+
+
+class Times(NamedTuple):
+    """Seconds of a step if one thing alone took time."""
+
+    compute: float
+    memory: float
+    interconnect: float
+
+    @property
+    def largest(self) -> str:
+        """The name of the bound."""
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+def times(program: Program, chip: Chip, shape: dict[str, int]) -> Times:
+    """Seconds of a step of the program: each figure over the chip's peak, nothing overlapped."""
+    sent = 0.0
+    for c in program.collectives:
+        n = 1
+        for axis in c.axes:
+            n *= shape[axis]
+        sent += c.count * c.bytes * SENT[c.kind](max(n, 1))
+    return Times(program.flops / chip.flops, program.accessed / chip.bandwidth, sent / chip.links)
+
+
+def meshes_of(chips: int, replicas: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
+    """(replica, data, model) that divide the replicas and the batch, over all of the chips."""
+    for r in range(1, chips + 1):
+        for d in range(1, chips // r + 1):
+            if chips % (r * d) == 0 and replicas % r == 0 and batch_size % d == 0:
+                yield r, d, chips // (r * d)
+
+
+def ranked(plan: Plan, chips: int, chip: Chip | None) -> list[tuple[int, int, int]]:
+    """Meshes, the one of least time among those that fit first, by the program of one chip.
+
+    What replicas share nothing of divides over all axes; gradients are reduced over data, and what
+    a model axis gathers is taken to be half of what is read and written.
+    """
+    step, state = plan.programs[0], plan.params + plan.optimizer + plan.extras
+    links = chip.links / chip.bandwidth if chip else 0.1
+
+    def cost(mesh: tuple[int, int, int]) -> tuple[bool, float]:
+        r, d, m = mesh
+        here = state / (r * m) + plan.data + step.temporary / (r * d * m)
+        sent = 2 * (d - 1) / d * plan.params / (r * m)
+        sent += 0.5 * step.accessed / (r * d) * (m - 1) / m
+        read = (step.accessed - 3 * state) / (r * d * m) + 3 * state / (r * m)
+        return bool(chip and here > chip.memory), read + sent / links
+
+    found = list(meshes_of(chips, plan.replicas, plan.batch_size))
+    if not found:
+        raise ValueError(
+            f"no mesh of {chips} chips divides {plan.replicas} replicas and batches of "
+            f"{plan.batch_size}: give --mesh R D M for some of the chips, or another batch size"
+        )
+    return sorted(found, key=cost)
+
+
+def plan(
+    run: Callable[[Any], None],
+    make: Callable[..., Any],
+    topology: str,
+    chips: int,
+    shape: tuple[int, int, int] | None,
+) -> str:
+    """The report. ``run(mesh)`` begins the experiment, ``make(r, d, m)`` a mesh of the machine."""
+    chip = CHIPS.get(topology.partition(":")[0])
+    shapes = [shape] if shape else []
+    if not shapes:
+        one = _planned(run, make(1, 1, 1)).compile(probes=False)
+        shapes = ranked(one, chips, chip)
+    for i, shape in enumerate(shapes):
+        try:
+            planned = _planned(run, make(*shape))
+            break
+        except ValueError:  # a later stage trains another number of replicas
+            if i == len(shapes) - 1:
+                raise
+    return "\n".join(report(planned.compile(), topology, chip))
+
+
+def _planned(run: Callable[[Any], None], mesh: Any) -> Planned:
+    try:
+        run(mesh)
+    except Planned as planned:
+        return planned
+    raise ValueError("this experiment trains nothing: there is nothing to plan")
+
+
+def report(plan: Plan, topology: str, chip: Chip | None) -> Iterator[str]:
+    """The lines of the table."""
+    shape = dict(plan.mesh.shape)
+    step = plan.programs[0]
+    yield (
+        f"{topology}, {plan.mesh.size} chips as {' x '.join(map(str, shape.values()))} "
+        f"({', '.join(shape)}); {plan.replicas} replicas, batch {plan.batch_size}, "
+        f"{plan.steps:,} steps"
+    )
+    yield ""
+    yield "bytes per chip"
+    parts = {
+        "parameters": plan.params,
+        "optimizer": plan.optimizer,
+        "other state": plan.extras,
+        "data": plan.data,
+        "activations and temporaries": step.temporary,
+    }
+    for name, size in parts.items():
+        yield f"  {name:<28}{_bytes(size):>12}"
+    limit = f" of {_bytes(chip.memory)}" if chip else ""
+    yield f"  {'peak of all programs':<28}{_bytes(plan.peak):>12}{limit}"
+    if chip and plan.peak > chip.memory:
+        yield f"  IT DOES NOT FIT: {advice(plan, chip)}"
+    for program in plan.programs:
+        yield ""
+        yield (
+            f"{program.name}: {program.flops / GB:,.3g} GFLOP, "
+            f"{_bytes(program.accessed)} read and written"
+        )
+        for c in program.collectives:
+            along = " and ".join(c.axes) or "nothing"
+            yield f"  {c.count:>4} x {c.kind:<19} over {along:<16}{_bytes(c.bytes):>12}"
+        if not program.collectives:
+            yield "  no collectives"
+        if chip:
+            t = times(program, chip, shape)
+            yield (
+                f"  {'a step' if program is step else 'at least'}: "
+                f"{_seconds(max(t))}, bound by {t.largest} (compute {_seconds(t.compute)}, "
+                f"memory {_seconds(t.memory)}, interconnect {_seconds(t.interconnect)})"
+            )
+    for name, why in plan.unplanned.items():
+        yield f"\n{name}: not compiled, it reads numbers on the host ({why})"
+    yield ""
+    yield "A loop's body counts once, as a step does; times are lower bounds, nothing overlapped."
+
+
+def advice(plan: Plan, chip: Chip) -> str:
+    """What to change so that it fits, the largest part first."""
+    here = plan.replicas // plan.mesh.shape[AXES[0]]
+    state = plan.params + plan.optimizer
+    if here > 1 and state + plan.programs[0].temporary > plan.data:
+        return f"each chip holds {here} replicas: give more chips to the replica axis"
+    if plan.data > 0.5 * chip.memory:
+        return "the data do not lie on a chip: feed them from the host (data.stream.fed)"
+    if state > plan.programs[0].temporary:
+        return "give chips to the model axis, or the rules mesh.FULLY_SHARDED"
+    return "accumulate gradients over smaller batches (accumulate), or more chips for the data axis"
+
+
+def _bytes(size: float) -> str:
+    return f"{size / GB:,.2f} GB" if size >= 0.1 * GB else f"{size / MB:,.2f} MB"
+
+
+def _seconds(t: float) -> str:
+    return f"{t * 1e3:,.3g} ms" if t >= 1e-3 else f"{t * 1e6:,.3g} us"

@@ -1,0 +1,192 @@
+"""Plans: what the compiler says of a machine that is not here, read a second time by hand."""
+
+import importlib.util
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import Mesh
+from test_mesh import collectives as groups_of
+
+from dynamics import mesh, plan
+from dynamics.probes import AreaUnderMargin, Evaluate, Sharpness
+from experiments import __main__ as cli
+from experiments import plan as words
+
+RULES = {"tp": mesh.TENSOR_PARALLEL, "fsdp": mesh.FULLY_SHARDED}
+
+
+def there(name: str, *shape: int) -> Mesh:
+    return mesh.make(*shape, devices=mesh.topology(name))
+
+
+def planned(kind: str, where: Mesh, replicas: int, **options: Any) -> plan.Planned:
+    with pytest.raises(plan.Planned, match="fit can compile for it, not run") as caught:
+        tiny.run(tiny.problem(kind), where, replicas, **options)
+    return caught.value
+
+
+def sent(text: str) -> dict[str, int]:
+    """Bytes of all results of each kind of collective in an HLO text, by another parser."""
+    width, out = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "pred": 1}, {}
+    for line in text.splitlines():
+        for kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all"):
+            before, found, _ = line.partition(f" {kind}(")
+            for name, dims in re.findall(r"(\w+)\[([0-9,]*)\]", before) if found else ():
+                size = np.prod([int(d) for d in dims.split(",") if d], dtype=int)
+                out[kind] = out.get(kind, 0) + width[name] * int(size)
+    return out
+
+
+@pytest.fixture(scope="module", params=["mlp", "transformer"])
+def both(request: Any) -> dict[str, tuple[plan.Plan, str, Any]]:
+    """On 2 x 4 x 1 devices by both rules: the plan, the HLO text, the memory."""
+    where, found = there("cpu:8", 2, 4, 1), {}
+    for name, rules in RULES.items():
+        run = planned(request.param, where, 2, rules=rules, how="vmap")
+        chunk = run._chunk()
+        compiled = chunk.compiled(mesh.placed(run._state, chunk.where))[1]
+        found[name] = run.compile(), compiled.as_text(), compiled.memory_analysis()
+    return found
+
+
+def test_it_says_what_the_compiled_program_says(both: Any) -> None:
+    for found, text, memory in both.values():
+        step = found.programs[0]
+        assert step.arguments == memory.argument_size_in_bytes
+        grown = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        assert step.temporary == memory.temp_size_in_bytes + grown
+        by_hand = sent(text)
+        assert by_hand and by_hand == {
+            kind: sum(c.count * c.bytes for c in step.collectives if c.kind == kind)
+            for kind in by_hand
+        }
+        # devices 0 to 3 are one replica's, 4 to 7 the other's
+        assert all(len({d // 4 for d in group}) == 1 for group in groups_of(text, 8))
+        assert {axis for c in step.collectives for axis in c.axes} == {"data"}
+
+
+def test_what_each_rule_moves(both: Any) -> None:
+    """Copies are reduced, as large as the parameters; parts are gathered, and take less memory."""
+    copies, parts = both["tp"][0], both["fsdp"][0]
+
+    def moved(found: plan.Plan, kind: str) -> int:
+        return sum(c.count * c.bytes for c in found.programs[0].collectives if c.kind == kind)
+
+    # of places beyond the sequence there is no gradient
+    assert 0.9 * copies.params <= moved(copies, "all-reduce") <= 1.5 * copies.params
+    assert moved(copies, "all-gather") == 0
+    assert moved(parts, "all-gather") >= 0.5 * copies.params
+    assert parts.params < 0.5 * copies.params and parts.optimizer < 0.5 * copies.optimizer
+
+
+def test_what_a_chip_holds() -> None:
+    where = there("cpu:8", 2, 2, 2)
+    found = planned("mlp", where, 4).compile()
+    shapes = jax.eval_shape(lambda: tiny.start(tiny.problem("mlp"), mesh.make(), 4))
+    whole = sum(x.size * 4 for x in jax.tree.leaves(shapes.params))
+    kernels = sum(x.size * 4 for x in jax.tree.leaves(shapes.params) if x.ndim == 3)
+    assert found.params == kernels // 4 + (whole - kernels) // 2  # two replicas; halves of kernels
+    assert found.optimizer >= found.params  # momentum and counts
+    data = tiny.images()
+    assert found.data >= data.x.nbytes + data.y.nbytes
+    assert found.peak >= found.programs[0].temporary + found.params
+
+
+def test_probes_are_compiled_or_named() -> None:
+    p, where = tiny.problem("mlp"), there("cpu:8", 2, 4, 1)
+    probes = [
+        Evaluate(p.task, p.data, 5),
+        AreaUnderMargin(len(p.data), 5),
+        Sharpness(p.task, p.data, 5),
+    ]
+    found = planned("mlp", where, 2, probes=probes).compile()
+    names = [program.name for program in found.programs]
+    assert names[0] == "step" and {"test", "aum", "sharpness"} <= {*names, *found.unplanned}
+    assert not any("replica" in c.axes for one in found.programs for c in one.collectives)
+
+
+@pytest.mark.parametrize("kind", ["convnet"])
+def test_a_step_that_is_dispatched(kind: str) -> None:
+    found = planned(kind, there("cpu:8", 2, 4, 1), 4).compile(probes=False)
+    assert found.programs[0].flops > 0 and found.programs[0].collectives
+
+
+def test_the_reader_of_groups() -> None:
+    where = there("cpu:8", 2, 2, 2)
+    lines = {
+        "%a = f32[4] all-reduce(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to": ("model",),
+        "%a = f32[4] all-reduce(%x), replica_groups=[4,2]<=[2,2,2]T(0,2,1), to": ("data",),
+        "%a = f32[4] all-reduce(%x), replica_groups=[2,4]<=[8], use": ("data", "model"),
+        "%a = f32[4] all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0), to": ("replica",),
+        "%a = f32[4] all-reduce(%x), replica_groups={}, to": ("replica", "data", "model"),
+        "%a = f32[4] collective-permute(%x), source_target_pairs={{0,2},{2,0}}": ("data",),
+    }
+    for line, axes in lines.items():
+        (found,) = plan.collectives(line, where)
+        assert (found.axes, found.bytes, found.count) == (axes, 16, 1), line
+    pair = "%s = (bf16[8,2]{1,0}, bf16[32,2]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]"
+    (found,) = plan.collectives(f"{pair}\n%d = bf16[32,2] all-gather-done(%s)", where)
+    assert (found.kind, found.bytes, found.count) == ("all-gather", 128, 1)
+
+
+def test_times_and_meshes() -> None:
+    chip = words.Chip(memory=1e9, flops=1e12, bandwidth=1e11, links=1e10)
+    reduced = plan.Collective("all-reduce", ("data",), 10**8, 2)
+    program = plan.Program("step", 0, 0, 1e9, 1e8, (reduced,))
+    t = words.times(program, chip, {"replica": 2, "data": 4, "model": 1})
+    np.testing.assert_allclose(t, [1e-3, 1e-3, 2 * 1.5 * 1e8 / 1e10])
+    assert t.largest == "interconnect"
+    assert list(words.meshes_of(4, 2, 2)) == [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 1)]
+
+
+def test_what_does_not_fit_is_said() -> None:
+    found = planned("mlp", there("cpu:8", 1, 4, 2), 4).compile()
+    small = words.Chip(memory=1e3, flops=1e12, bandwidth=1e11, links=1e10)
+    text = "\n".join(words.report(found, "v0:8", small))
+    assert "IT DOES NOT FIT: each chip holds 4 replicas" in text
+    assert "parameters" in text and "over data" in text and "bound by" in text
+
+
+def test_the_command(capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(mesh, "start", lambda **_: None)  # of this process
+    small = ["--data.num-train", "200", "--train.batch-size", "20", "--score.replicas", "2"]
+    command = ["plan", "data_diet", "--topology", "cpu:4", *small, "--model", "mlp"]
+    assert cli.main([*command, "--model.width", "8", "--mesh", "2", "2", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "cpu:4, 4 chips as 2 x 2 x 1 (replica, data, model); 2 replicas, batch 20" in out
+    assert "all-reduce" in out and "over data" in out and "peak of all programs" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "plan needs --topology, as v5e:4x4"),
+        (["--topology", "v9:4x4"], "topology must be cpu:N or one of v4:2x2x1, v5e:4x4, v5p:4x4x4"),
+        (["--topology", "cpu:2", "--mesh", "4", "1", "1"], "needs 4 devices, that machine has 2"),
+    ],
+)
+def test_refusals(flags: list[str], message: str, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(mesh, "start", lambda **_: None)
+    assert cli.main(["plan", "data_diet", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_libtpu(monkeypatch: Any) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="to compile for v5e:4x4 install libtpu"):
+        mesh.topology("v5e:4x4")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+def test_for_a_tpu() -> None:
+    where = there("v5e:4x4", 2, 8, 1)
+    found = planned("mlp", where, 4).compile()
+    assert "TPU" in where.devices.flat[0].device_kind
+    step = found.programs[0]
+    assert step.flops > 0 and {c.axes for c in step.collectives} == {("data",)}
+    with pytest.raises(ValueError, match="libtpu has no topology 'v5e:3x7'"):
+        mesh.topology("v5e:3x7")
