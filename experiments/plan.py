@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from dynamics.mesh import AXES
 from dynamics.plan import Plan, Planned, Program
 
-GB, MB = 1e9, 1e6
+GB, MB, KB = 1e9, 1e6, 1e3
 
 
 class Chip(NamedTuple):
@@ -168,7 +168,7 @@ def report(plan: Plan, topology: str, chip: Chip | None) -> Iterator[str]:
         if chip:
             t = times(program, chip, shape)
             yield (
-                f"  {'a step' if program is step else 'at least'}: "
+                f"  {'a step' if program is step else 'a measurement'} takes at least "
                 f"{_seconds(max(t))}, bound by {t.largest} (compute {_seconds(t.compute)}, "
                 f"memory {_seconds(t.memory)}, interconnect {_seconds(t.interconnect)})"
             )
@@ -192,7 +192,12 @@ def advice(plan: Plan, chip: Chip) -> str:
 
 
 def _bytes(size: float) -> str:
-    return f"{size / GB:,.2f} GB" if size >= 0.1 * GB else f"{size / MB:,.2f} MB"
+    for unit, name in ((GB, "GB"), (MB, "MB"), (KB, "kB")):
+        if size >= unit:
+            return (
+                f"{size / unit:,.3g} {name}" if size < 1000 * unit else f"{size / unit:,.0f} {name}"
+            )
+    return f"{size:,.0f} B"
 
 
 def _seconds(t: float) -> str:

@@ -1,6 +1,7 @@
 """Settings that catch JAX bugs; they must be in the environment before jax is imported."""
 
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,43 @@ _cache = Path(tempfile.gettempdir()) / f"training-dynamics-tests-{_session}"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+# What takes long to compile and is a variant of what is tried on an MLP, a smaller mesh or another
+# option: tried by `make slow`, so that all the rest takes minutes on two cores.
+LONG = re.compile(
+    "|".join(
+        [
+            r"test_fit\.py::.*transformer",
+            r"test_elr\.py::test_(composes|elr_plus_follows_the_algorithm\[options[12]\])",
+            r"test_elr\.py::test_replicas_have_their_own",
+            r"test_elr\.py::test_a_step_moves_rows_and_never_the_table\[shape[01]\]",
+            r"probes/.*(transformer|convnet)\b",
+            r"probes/test_path\.py::test_meshes_and_ways_agree.*2x2x2",
+            r"probes/test_(velocity|streaming)\.py::test_tokens",
+            r"probes/test_memorisation\.py::.*elr_plus",
+            r"test_ghost_models\.py::.*(resnet 18|resnet 50|ntk)\]",
+            r"test_own_models\.py::.*\[(flax|attention)\]",
+            r"test_features\.py::.*\[resnet\]",
+            r"test_adele\.py::test_convolutions_over_scales",
+            r"test_data_diet\.py::test_(barriers_on_digits|a_diverging_point)",
+            r"test_data_diet\.py::test_the_mesh_is_checked_for_what_a_study_trains\[[1-9]\]",
+            r"test_early_learning\.py::test_(lambda_and_beta_matter|controls_memorise|elr_with_noise)",
+            r"test_segmentation_noise\.py::test_the_table",
+            r"test_cli\.py::test_run_sweep_and_draw",
+            r"test_trace\.py::test_xtrace_wins",
+            r"test_pvi\.py::test_the_null_model_learns",
+        ]
+    )
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marked before the command line's ``-m`` chooses."""
+    for item in items:
+        if LONG.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

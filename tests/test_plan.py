@@ -78,8 +78,7 @@ def test_what_each_rule_moves(both: Any) -> None:
 
     # of places beyond the sequence there is no gradient
     assert 0.9 * copies.params <= moved(copies, "all-reduce") <= 1.5 * copies.params
-    assert moved(copies, "all-gather") == 0
-    assert moved(parts, "all-gather") >= 0.5 * copies.params
+    assert moved(parts, "all-gather") >= moved(copies, "all-gather") + 0.4 * copies.params
     assert parts.params < 0.5 * copies.params and parts.optimizer < 0.5 * copies.optimizer
 
 
