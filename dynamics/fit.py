@@ -102,7 +102,7 @@ def fit(
     ``how`` overrides ``population.choose``. The state passed in stays valid. Cost: one gradient
     evaluation of the batch for each step and replica; the task's loss is traced twice. ValueError,
     before anything is compiled, for sizes that don't fit together. ``plan.Planned`` on a mesh of a
-    machine that is not here (``mesh.topology``): all is compiled for it, and nothing run.
+    machine that is not here (``mesh.topology``): it can compile the run for it; nothing is run.
     """
     meshes.check(mesh, len(state.step), stream.batch_size // accumulate)
     _check(state, stream, num_steps, probes, accumulate, checkpoint_every, record_every, revision)

@@ -49,8 +49,9 @@ def start(*, cache: bool = True) -> None:
         mine = getattr(os, "sched_getaffinity", None)  # Linux only
         jax.config.update("jax_num_cpu_devices", len(mine(0)) if mine else os.cpu_count() or 1)
     folder = os.environ.get("DYNAMICS_CACHE") or str(_user_cache() / "training-dynamics" / "jax")
-    jax.config.update("jax_enable_compilation_cache", cache)
-    if cache and folder != "off":
+    if not cache:
+        jax.config.update("jax_enable_compilation_cache", False)
+    elif folder != "off":
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -126,13 +127,16 @@ def topology(name: str) -> list[Any]:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"to compile for {name} install libtpu: pip install -e '.[tpu]'")
-    for variable, value in NO_TPU.items():
-        os.environ.setdefault(variable, value)
+    before = os.environ.copy()
+    os.environ.update(NO_TPU | before)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
     except Exception as error:
         why = str(error).splitlines()[0]
         raise ValueError(f"libtpu has no topology {name!r}, like {TPUS[kind]} ({why})") from None
+    finally:  # they would say that this machine is one of a cluster
+        for variable in NO_TPU.keys() - before.keys():
+            del os.environ[variable]
 
 
 def is_elsewhere(mesh: Mesh) -> bool:

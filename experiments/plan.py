@@ -185,7 +185,7 @@ def advice(plan: Plan, chip: Chip) -> str:
     if here > 1 and state + plan.programs[0].temporary > plan.data:
         return f"each chip holds {here} replicas: give more chips to the replica axis"
     if plan.data > 0.5 * chip.memory:
-        return "the data do not lie on a chip: feed them from the host (data.stream.fed)"
+        return "the data do not lie on a chip: feed them from the host (data.stream.streamed)"
     if state > plan.programs[0].temporary:
         return "give chips to the model axis, or the rules mesh.FULLY_SHARDED"
     return "accumulate gradients over smaller batches (accumulate), or more chips for the data axis"
