@@ -66,7 +66,7 @@ def curvature_transformer(quick: bool) -> list[Result]:
     found: dict[str, Found] = {}
     top = _ours(problem, found, "top", _top, PRODUCTS)
     raced = race({"top": top, "gradients": _gradients(problem)}, 1 if quick else 11)
-    return [_product("transformer", problem, raced, PRODUCTS, found["top"])]
+    return [_product("transformer", problem, raced, found["top"])]
 
 
 def sharpness_watched(quick: bool) -> list[Result]:
@@ -145,13 +145,13 @@ def _beside(
             f"density, {steps} products, reorthogonalised",
             *("reorthogonalised", reorthogonalised, goal and 1.0),
         ),
-        *([] if driven else [_product(name, problem, raced, PRODUCTS, found["top"])]),
+        *([] if driven else [_product(name, problem, raced, found["top"])]),
     ]
 
 
-def _product(name: str, problem: Problem, raced: Race, products: int, found: Found) -> Result:
+def _product(name: str, problem: Problem, raced: Race, found: Found) -> Result:
     title = f"a product of Lanczos / a gradient: {problem.about}"
-    sizes = (("top", products), ("gradients", PRODUCTS))
+    sizes = (("top", PRODUCTS), ("gradients", PRODUCTS))
     note = _said(found, problem.truth)
     return raced.compare(f"product_{name}", title, *sizes, unit="us", note=note)
 

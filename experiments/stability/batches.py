@@ -1,6 +1,5 @@
 """SGD of several batch sizes: what its noise leaves of the sharpness."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +11,7 @@ from dynamics.probes import BatchSharpness, Sharpness
 from dynamics.record import Recorder, Table
 from dynamics.types import Task
 from experiments import training
-from experiments.stability.config import Batches, Config
+from experiments.stability.config import Batches, Config, Spectra
 
 MEASURES = {
     "sharpness.ratio": "ratio",
@@ -40,7 +39,7 @@ def study(
     r = study.replicas
     roots = training.keys([point.seed for point in points], r, 0)
     for size in study.sizes:
-        settings = [_setting(point, size) for point in points]
+        settings = [plain(point, size) for point in points]
         results = training.train(
             *(settings, roots, net, data.train, study.steps, mesh),
             recorder and recorder.stage(str(size)),
@@ -63,10 +62,12 @@ def study(
     return [Table(training.stacked(parts), {"index": index}) for parts in rows]
 
 
-def _setting(point: Config, size: int) -> Train:
-    assert isinstance(point.study, Batches)
-    return dataclasses.replace(
-        Train(momentum=0.0, nesterov=False),
+def plain(point: Config, size: int) -> Train:
+    """SGD of batches of a size, at the rate of the study of a point."""
+    assert isinstance(point.study, Batches | Spectra)
+    return Train(
+        momentum=0.0,
+        nesterov=False,
         learning_rate=point.study.learning_rate,
         weight_decay=point.weight_decay,
         batch_size=size,

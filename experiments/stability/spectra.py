@@ -1,6 +1,5 @@
 """The whole spectrum of the Hessian along full-batch gradient descent."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,11 +7,11 @@ from jax.sharding import Mesh
 
 from dynamics.data.sources import Splits
 from dynamics.data.stream import whole
-from dynamics.optim import Train
 from dynamics.probes import Sharpness, Spectrum
 from dynamics.record import Recorder, Table
 from dynamics.types import Task
 from experiments import training
+from experiments.stability import batches
 from experiments.stability.config import Config, Spectra
 
 MEASURES = {
@@ -39,7 +38,7 @@ def study(
     first, study = points[0], points[0].study
     assert isinstance(study, Spectra)
     r, n = study.replicas, len(data.train)
-    settings = [_setting(point, n) for point in points]
+    settings = [batches.plain(point, n) for point in points]
     measured = tuple(
         sorted({step for step in study.measured if step < study.steps} | {study.steps})
     )
@@ -77,13 +76,3 @@ def study(
         arrays |= {"steps": np.array(measured, np.int32), "index": np.asarray(data.train.index)}
         out.append(Table(rows, arrays))
     return out
-
-
-def _setting(point: Config, n: int) -> Train:
-    assert isinstance(point.study, Spectra)
-    return dataclasses.replace(
-        Train(momentum=0.0, nesterov=False),
-        learning_rate=point.study.learning_rate,
-        weight_decay=point.weight_decay,
-        batch_size=n,
-    )
