@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from dynamics import hosts
 from dynamics.record import write
 from dynamics.types import PyTree
 
@@ -38,17 +39,23 @@ class Checkpoints:
         self.folder = Path(folder).absolute()
         self.root, self.sums = self.folder / "checkpoints", self.folder / "checksums"
         self._damaged = self.folder / "damaged"
-        self.root.mkdir(parents=True, exist_ok=True)
-        self.sums.mkdir(exist_ok=True)
-        for left in self.root.glob("*.orbax-checkpoint-tmp*"):  # of a killed process
-            shutil.rmtree(left)
-        for seal in self.sums.glob("*.json"):
-            if not (self.root / seal.stem).exists():
-                seal.unlink()
+        hosts.once(self._open)
         self._keep = keep
         self._manager: ocp.CheckpointManager | None = None
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._sealed: Future | None = None
+
+    def _open(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.sums.mkdir(exist_ok=True)
+        for left in self.root.glob("*.orbax-checkpoint-tmp*"):  # of a killed process
+            shutil.rmtree(left)
+        self._forget_removed()
+
+    def _forget_removed(self) -> None:
+        for seal in self.sums.glob("*.json"):
+            if not (self.root / seal.stem).exists():
+                seal.unlink()
 
     def steps(self) -> list[int]:
         """The steps with a directory, intact or not, in ascending order."""
@@ -91,7 +98,29 @@ class Checkpoints:
         has other names, shapes or dtypes.
         """
         if step is not None:
-            return self._exactly(step, like)
+            hosts.once(self._check, step)
+            return self._read(step, like)
+        at, unsealed, found = hosts.once(self._newest)
+        if at is not None:
+            return self._read(at, like)
+        for at in unsealed:  # killed between its first commit and the hash
+            log.warning("checkpoint %d has no checksum, its content is not verified", at)
+            try:
+                return hosts.together(self._read, at, like)
+            except (OSError, ValueError, KeyError) as error:
+                hosts.once(self._set_aside, at, f"{type(error).__name__}: {str(error)[:200]}")
+        if found:
+            raise CheckpointError(
+                f"none of the checkpoints {found} in {self.root} is intact (see {self._damaged}): "
+                f"restore {self.folder} from a copy, or remove it to start over"
+            )
+        return None
+
+    def _newest(self) -> tuple[int | None, list[int], list[int]]:
+        """The newest intact checkpoint, else those without a checksum; all that were there.
+
+        Newer ones than the intact are set aside, as all damaged ones are.
+        """
         found, unsealed = self.steps(), []
         for at in reversed(found):
             damage = self._damage(at)
@@ -102,26 +131,15 @@ class Checkpoints:
             else:
                 for newer in unsealed:
                     self._set_aside(newer, UNSEALED)
-                return self._read(at, like)
-        for at in unsealed:  # killed between its first commit and the hash
-            log.warning("checkpoint %d has no checksum, its content is not verified", at)
-            try:
-                return self._read(at, like)
-            except (OSError, ValueError, KeyError) as error:
-                self._set_aside(at, f"{type(error).__name__}: {str(error)[:200]}")
-        if found or self._damaged.exists():
-            raise CheckpointError(
-                f"none of the checkpoints {found} in {self.root} is intact (see {self._damaged}): "
-                f"restore {self.folder} from a copy, or remove it to start over"
-            )
-        return None
+                return at, [], found
+        aside = self._damaged.iterdir() if self._damaged.exists() else ()
+        return None, unsealed, found or sorted({int(p.name.split(".")[0]) for p in aside})
 
-    def _exactly(self, step: int, like: PyTree) -> tuple[PyTree, Any]:
+    def _check(self, step: int) -> None:
         if step not in self.steps():
             raise CheckpointError(f"{self.root} has no checkpoint {step}, it has {self.steps()}")
         if (damage := self._damage(step)) not in (None, UNSEALED):
             raise CheckpointError(f"checkpoint {step} in {self.root} is damaged: {damage}")
-        return self._read(step, like)
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint's files, None if they are as they were written."""
@@ -153,9 +171,7 @@ class Checkpoints:
             args = ocp.args.Composite(tree=ocp.args.StandardRestore(abstract))
             leaves = manager.restore(step, args=args)["tree"]
         values = [
-            jax.device_put(jax.random.wrap_key_data(leaves[name]), leaf.sharding)
-            if _is_key(leaf)
-            else leaves[name]
+            jax.random.wrap_key_data(leaves[name]) if _is_key(leaf) else leaves[name]
             for name, leaf in zip(names, jax.tree.leaves(like), strict=True)
         ]
         log.info("restored checkpoint %d of %s", step, self.root)
@@ -165,10 +181,10 @@ class Checkpoints:
         """Hash a checkpoint once orbax has committed it; drop the hashes of removed ones."""
         assert self._manager is not None
         self._manager.wait_until_finished()
+        if not hosts.is_first():
+            return
         write(self.sums / f"{step}.json", json.dumps(_hashes(self.root / str(step)), indent=1))
-        for seal in self.sums.glob("*.json"):
-            if not (self.root / seal.stem).exists():
-                seal.unlink()
+        self._forget_removed()
 
     def _set_aside(self, step: int, damage: str) -> None:
         self._damaged.mkdir(exist_ok=True)

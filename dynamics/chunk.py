@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dynamics import hosts, population, step
 from dynamics import mesh as meshes
-from dynamics import population, step
 from dynamics.types import Aux, PyTree, Stream, Task, TrainState
 
 CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes, and batches it is fed, on each device
@@ -66,7 +66,7 @@ class Chunk:
         convolutional = population.has_convolution(jaxpr)
         self.how: population.How = how or population.choose(platform, convolutional)
         # several programs with collectives in flight can wait for each other for ever on a CPU
-        talks = mesh.size > mesh.shape[meshes.AXES[0]]
+        talks = mesh.size > mesh.shape[meshes.AXES[0]] or hosts.count() > 1
         self.in_flight = 0 if platform == "cpu" and talks else IN_FLIGHT
         each = sum(
             math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((self._outs, fed))
@@ -97,7 +97,8 @@ class Chunk:
         k = len(state.step)
         wide = lambda x: jax.ShapeDtypeStruct((k, *x.shape), x.dtype)  # noqa: E731
         outs = meshes.placed(jax.tree.map(wide, shapes), lies)
-        fed = meshes.placed(jax.tree.map(wide, self._fed_room()), lies)
+        fed = jax.tree.map(wide, self._fed_room())
+        fed = meshes.placed(fed, meshes.over_batches(self.mesh))
         if self.how == "dispatch":
             carry, rest = jax.eval_shape(self._prepare, state, self.own, fed)[0]
             arguments = (carry, rest, np.int32(0), self.shared)
@@ -183,14 +184,25 @@ class Chunk:
         return jax.tree.map(wide, self._fed_shapes())
 
     def _feed(self, first: int, count: int) -> PyTree:
-        """The batches of a chunk, [K, max_steps, ...] with zeros after the last one."""
+        """The batches of a chunk, [K, max_steps, ...] with zeros after the last one.
+
+        A process reads the examples that its devices need, and no others.
+        """
         if self.stream.host is None:
             return ()
+        lies, steps = meshes.over_batches(self.mesh), slice(0, self.max_steps)
+        k, size = self._here * self.mesh.shape[meshes.AXES[0]], self.stream.batch_size
+        replicas, _, examples = meshes.own_block(lies, (k, self.max_steps, size))
         position, source = self._fed
         if position != first:
-            source = self.stream.host(first)
+            source = self.stream.host(first, (replicas, examples))
         fetched = [next(source) for _ in range(count)]
         self._fed = (first + count, source)
         fetched += [jax.tree.map(np.zeros_like, fetched[0])] * (self.max_steps - count)
-        stacked = jax.tree.map(lambda *xs: np.stack(xs, axis=1), *fetched)
-        return jax.device_put(stacked, meshes.over_replicas(self.mesh))
+
+        def whole(*parts: np.ndarray) -> jax.Array:
+            block = np.stack(parts, axis=1)
+            at = (replicas, steps, examples, *(slice(0, n) for n in block.shape[3:]))
+            return meshes.from_block(block, at, lies, (k, self.max_steps, size, *block.shape[3:]))
+
+        return jax.tree.map(whole, *fetched)

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from dynamics import hosts, population, step
 from dynamics import mesh as meshes
-from dynamics import population, step
 from dynamics.checkpoint import CheckpointError, Checkpoints
 from dynamics.chunk import IN_FLIGHT, Chunk
 from dynamics.plan import Planned
@@ -112,7 +112,7 @@ def fit(
         raise Planned(chunk, state, probes, num_steps, stream.batch_size)
     checkpoints = Checkpoints(store.path) if store is not None else None
     saving = nullcontext() if checkpoints is None else closing(checkpoints)  # whatever happens
-    with saving, _terminated(listen=store is not None) as terminated:
+    with _among_processes(), saving, _terminated(listen=store is not None) as terminated:
         chunk = Chunk(
             task, optimizer, state, stream, mesh, rules=rules, how=how, accumulate=accumulate
         )
@@ -123,7 +123,7 @@ def fit(
         if found is not None:
             before, ((state, watch.carries), position) = state, found
             _check_same_run(before, state, checkpoints)
-        done = int(state.step[0])
+        done = int(meshes.fetch(state.step)[0])
         if done > num_steps:
             raise ValueError(f"num_steps is {num_steps}, but {done} steps are already done")
         book.resume(position if found is not None else None)
@@ -133,8 +133,20 @@ def fit(
         if found is None:
             book.measured(done, watch.measure(state, done, num_steps))
         pace = _Pace(name, done, num_steps, len(state.step), checkpoint_every)
-        while done < num_steps and not terminated.is_set():
-            first, done = done, min(watch.next(done), pace.next(done, chunk.max_steps), num_steps)
+
+        def decide() -> tuple[int, bool, bool]:
+            """Where the next chunk ends, whether to save there, and whether to stop instead."""
+            end = min(watch.next(done), pace.next(done, chunk.max_steps), num_steps)
+            return end, pace.save(end), terminated.is_set() or hosts.asked_to_stop()
+
+        while True:
+            if terminated.is_set():
+                hosts.ask_to_stop()
+            hosts.reached(done)
+            end, save, stopped = hosts.once(decide)
+            if stopped or done == num_steps:
+                break
+            first, done = done, end
             state, aux, metrics = chunk.run(state, first, done - first)
             if not chunk.in_flight:
                 jax.block_until_ready(state)
@@ -147,7 +159,7 @@ def fit(
             if not pace.known or not chunk.in_flight:
                 book.settle()  # to know how long a step takes before more are dispatched
             pace.tick(book.fetched, book.loss)
-            if checkpoints is not None and pace.save(done):
+            if checkpoints is not None and save:
                 checkpoints.save(done, (state, watch.carries), book.settle())
                 saved = done
         position = book.settle()
@@ -155,20 +167,21 @@ def fit(
         if checkpoints is not None and saved != done:
             checkpoints.save(done, (state, watch.carries), position)
             checkpoints.wait()
-        if terminated.is_set():
+        if stopped:
             log.warning("%s: stopped by SIGTERM at step %d; it can be continued", name, done)
             raise SystemExit(0)
-    diverged = np.asarray(state.diverged).astype(np.float64)
+    diverged = meshes.fetch(state.diverged).astype(np.float64)
     book.arrays["diverged"] = np.where(diverged == NEVER, np.inf, diverged)
     return Results(book.columns(), book.arrays, state)
 
 
 def _check_same_run(given: TrainState, restored: TrainState, checkpoints: Any) -> None:
     """CheckpointError unless what never changes in a run is equal."""
-    same = np.array_equal(jax.random.key_data(given.key), jax.random.key_data(restored.key))
-    for name, value in given.hyperparameters.items():
-        same = same and np.array_equal(value, restored.hyperparameters[name])
-    if not same:
+    one, other = (
+        jax.tree.leaves(meshes.fetch((jax.random.key_data(state.key), state.hyperparameters)))
+        for state in (given, restored)
+    )
+    if not all(map(np.array_equal, one, other)):
         raise CheckpointError(
             f"the checkpoints in {checkpoints.root} are of a run with other keys or "
             "hyperparameters: give another folder"
@@ -190,10 +203,6 @@ def _check(
         raise ValueError(
             f"revision {revision.name!r} needs data that lie on the device, this stream reads them "
             "from the host: use data.stream.resident"
-        )
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"fit runs in one process, this one is of {jax.process_count()}: start it alone"
         )
     for leaf in jax.tree.leaves(stream.own):
         if leaf.shape[0] != k:
@@ -271,7 +280,7 @@ class _Book:
             self._retire(*self._pending.popleft())
 
     def _retire(self, first: int, last: int, metrics: dict[str, jax.Array], trained: bool) -> None:
-        values = {name: np.asarray(value) for name, value in metrics.items()}
+        values = meshes.fetch(metrics)
         if trained:
             values = {name: value[:, : last - first] for name, value in values.items()}
             self.fetched = last
@@ -372,6 +381,27 @@ class _Pace:
             due = done % self._every == 0
         self._saved = now if due else self._saved
         return due
+
+
+@contextmanager
+def _among_processes() -> Iterator[None]:
+    """Of several processes all enter and all leave, or all end: nobody waits for one that fails."""
+    hosts.join()
+    hosts.entered()
+    try:
+        yield
+    except SystemExit:  # all were asked to stop
+        hosts.together(lambda: None)
+        hosts.left()
+        raise
+    except BaseException as error:
+        lost = hosts.lost(error)
+        hosts.left(lost or error)
+        if lost:
+            raise lost from error
+        raise
+    hosts.together(lambda: None)
+    hosts.left()
 
 
 @contextmanager

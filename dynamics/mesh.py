@@ -6,6 +6,7 @@ per-example gradients of convolutions fail.
 
 import importlib.util
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
 
+from dynamics import hosts
 from dynamics.types import Leaf, PyTree
 
 log = logging.getLogger(__name__)
@@ -40,10 +42,11 @@ Rules = Sequence[tuple[str, Rule]]
 def start(*, cache: bool = True) -> None:
     """Prepare this process; call it before anything else touches jax.
 
-    Joins the other processes where a cluster is detected (SLURM, Open MPI, Kubernetes, Cloud TPU),
-    gives a CPU one device per core (JAX_NUM_CPU_DEVICES overrides), and keeps compiled programs in
-    the user's cache folder. ``DYNAMICS_CACHE`` is the switch for that: a folder, or ``off``; so is
-    ``cache``.
+    Joins the other processes where a cluster is detected (SLURM, Open MPI, Kubernetes, Cloud TPU)
+    or the environment names them (JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES,
+    JAX_PROCESS_ID), gives a CPU one device per core (JAX_NUM_CPU_DEVICES overrides), and keeps
+    compiled programs in the user's cache folder. ``DYNAMICS_CACHE`` is the switch for that: a
+    folder, or ``off``; so is ``cache``.
     """
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         mine = getattr(os, "sched_getaffinity", None)  # Linux only
@@ -55,8 +58,12 @@ def start(*, cache: bool = True) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if _in_cluster():
-        jax.distributed.initialize()
+    if _in_cluster() and not jax.distributed.is_initialized():
+        jax.config.update("jax_enable_preemption_service", False)  # SIGTERM is fit's to handle
+        named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
+        given = {k: int(os.environ[v]) for k, v in named.items() if v in os.environ}
+        jax.distributed.initialize(**given, shutdown_timeout_seconds=60)  # pyright: ignore
+        hosts.join()
 
 
 def _user_cache() -> Path:
@@ -95,15 +102,27 @@ def make(
     if there:  # as they come: neighbours of a slice lie along the last axes
         grid = np.array(devices[:needed]).reshape(replica, data, model)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(
+    found = jax.make_mesh(
         (replica, data, model), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:needed]
     )
+    if idle := set(range(hosts.count())) - {d.process_index for d in found.devices.flat}:
+        raise ValueError(
+            f"mesh {sizes} has no device of the processes {sorted(idle)} of {hosts.count()}: "
+            f"a mesh of all {len(devices)} devices is needed (--mesh R D M)"
+        )
+    return found
 
 
-def for_population(num_replicas: int) -> Mesh:
-    """Replicas over as many devices as divide them evenly."""
+def for_population(num_replicas: int, batch_size: int = 1) -> Mesh:
+    """Replicas over as many devices as divide them evenly.
+
+    Of several processes, all must have a part: the other devices split the batches.
+    """
     available = len(jax.devices())
     used = max(r for r in range(1, available + 1) if num_replicas % r == 0)
+    if hosts.count() > 1:
+        used = max(r for r in range(1, used + 1) if num_replicas % r == 0 == available % r)
+        return make(used, math.gcd(available // used, batch_size))
     if used < min(available, num_replicas):
         log.warning(
             "%d replicas divide over %d of %d devices; a multiple of %d would use all of them",
@@ -145,8 +164,63 @@ def is_elsewhere(mesh: Mesh) -> bool:
 
 
 def put(tree: PyTree, where: Any, mesh: Mesh) -> PyTree:
-    """Arrays on the mesh; of a machine that is not here their shapes alone."""
-    return placed(tree, where) if is_elsewhere(mesh) else jax.device_put(tree, where)
+    """Arrays on the mesh; of a machine that is not here their shapes alone.
+
+    Of several processes each copies to its own devices, from its own copy of the whole.
+    """
+    if is_elsewhere(mesh):
+        return placed(tree, where)
+    if hosts.count() == 1:
+        return jax.device_put(tree, where)
+    if isinstance(where, NamedSharding):
+        return jax.tree.map(lambda x: _own_part(x, where), tree)
+    return jax.tree.map(_own_part, tree, where)
+
+
+def _own_part(x: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return jax.device_put(x, where)
+    if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _own_part(jax.random.key_data(x), where)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, where, lambda part: whole[part])
+
+
+def own_block(where: NamedSharding, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The smallest block that holds what lies on this process's devices."""
+    parts: list[Any] = list(where.addressable_devices_indices_map(shape).values())
+    starts = [min(p[i].start or 0 for p in parts) for i in range(len(shape))]
+    ends = [max(n if p[i].stop is None else p[i].stop for p in parts) for i, n in enumerate(shape)]
+    return tuple(map(slice, starts, ends))
+
+
+def from_block(block: np.ndarray, at: tuple[slice, ...], where: NamedSharding, shape: Any) -> Any:
+    """An array of this shape of which each process has its ``own_block``."""
+    if hosts.count() == 1:
+        return jax.device_put(block, where)
+
+    def part(index: Any) -> np.ndarray:
+        places = zip(index, shape, at, strict=True)
+        ends = [(*s.indices(n)[:2], mine.start) for s, n, mine in places]
+        return block[tuple(slice(i - start, j - start) for i, j, start in ends)]
+
+    return jax.make_array_from_callback(shape, where, part)
+
+
+def fetch(tree: PyTree) -> PyTree:
+    """Whole numpy arrays (keys: on one device); of several processes on each, all must call it."""
+
+    def whole(x: Any) -> Any:
+        if isinstance(x, jax.Array) and jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
+            data = whole(jax.random.key_data(x))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+        if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+            mesh = x.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+            x = jax.device_put(x, everywhere(mesh))
+        return np.asarray(x)
+
+    return jax.tree.map(whole, tree)
 
 
 def placed(tree: PyTree, where: Any) -> PyTree:
@@ -184,6 +258,11 @@ def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:
 def replicas(mesh: Mesh) -> PartitionSpec:
     """Of anything whose first axis is the replica axis."""
     return PartitionSpec("replica")
+
+
+def over_batches(mesh: Mesh) -> NamedSharding:
+    """[K, steps, B, ...]: replicas and the examples of each batch over their axes."""
+    return NamedSharding(mesh, PartitionSpec("replica", None, "data"))
 
 
 def everywhere(mesh: Mesh) -> NamedSharding:

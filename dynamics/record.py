@@ -27,6 +27,7 @@ import numpy as np
 import polars as pl
 
 from dynamics import config as configs
+from dynamics import hosts
 
 GROUP = "group-"  # begins the name of a directory in which several points are computed
 PACKAGES = ("training-dynamics", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -114,37 +115,49 @@ def completed(
     """
     if folder is None:
         return list(compute(points, None))
-    homes = [Path(folder, configs.fingerprint(point)) for point in points]
-    for home in homes:
-        _same_data(home, about)
-    missing = [
-        (p, h) for p, h in zip(points, homes, strict=True) if not (h / "done.json").is_file()
-    ]
-    if missing:
-        todo = _begun_group(Path(folder), points, [home.name for _, home in missing])
-        todo = todo or [point for point, _ in missing]
-        if len(todo) == 1:
-            recorder = Recorder(missing[0][1], todo[0], about)
-        else:
-            group = Path(folder, GROUP + configs.fingerprint(tuple(todo)))
-            _same_data(group, about)
-            recorder = Recorder(group, tuple(todo), about)
+    names = [configs.fingerprint(point) for point in points]
+    homes = [Path(folder, name) for name in names]
+    todo = [points[i] for i in hosts.once(_to_compute, Path(folder), points, names, about)]
+    if todo:
+        group = GROUP + configs.fingerprint(tuple(todo))
+        alone = len(todo) == 1
+        home = Path(folder, configs.fingerprint(todo[0]) if alone else group)
+        recorder = Recorder(home, todo[0] if alone else tuple(todo), about)
         tables = compute(todo, recorder)
         for point, table in zip(todo, tables, strict=True):
             home = Path(folder, configs.fingerprint(point))
-            if not (home / "done.json").is_file():
+            if not hosts.once((home / "done.json").is_file):
                 Recorder(home, point, about).finish(table)
-    _remove_finished_groups(Path(folder))
-    return [_table(read(home)) for home in homes]
+    hosts.once(_remove_finished_groups, Path(folder))
+    return [hosts.once(_stored, home) for home in homes]
 
 
-def _begun_group(folder: Path, points: Sequence[T], missing: Sequence[str]) -> list[T]:
+def _to_compute(
+    folder: Path, points: Sequence[T], names: Sequence[str], about: Mapping[str, Any]
+) -> list[int]:
+    """Which points are to be computed together: none, or all that a begun group has."""
+    for name in names:
+        _same_data(folder / name, about)
+    missing = [name for name in names if not (folder / name / "done.json").is_file()]
+    if not missing:
+        return []
+    todo = _begun_group(folder, names, missing) or missing
+    if len(todo) > 1:
+        chosen = tuple(points[names.index(name)] for name in todo)
+        _same_data(folder / (GROUP + configs.fingerprint(chosen)), about)
+    return [names.index(name) for name in todo]
+
+
+def _stored(home: Path) -> Table:
+    return _table(read(home))
+
+
+def _begun_group(folder: Path, points: Sequence[str], missing: Sequence[str]) -> list[str]:
     """The points, in its order, of a killed group that all missing ones were computed in."""
-    named = {configs.fingerprint(point): point for point in points}
     for group in sorted(folder.glob(GROUP + "*/config.json")):
         names = [configs.fingerprint(point) for point in json.loads(group.read_text())]
-        if set(missing) <= set(names) <= set(named):
-            return [named[name] for name in names]
+        if set(missing) <= set(names) <= set(points):
+            return names
     return []
 
 
@@ -181,24 +194,27 @@ def _same_data(home: Path, about: Mapping[str, Any]) -> None:
 
 
 class Recorder:
-    """Writes one run directory."""
+    """Writes one run directory; of several processes the first does, and all must call it."""
 
     def __init__(self, path: Path | str, config: Any, about: Mapping[str, Any] | None = None):
         """Opens or makes the directory; what a killed process left half-written is removed.
 
-        One process at a time may write a directory. RecordError: it holds another config's run.
+        One run at a time may write a directory. RecordError: it holds another config's run.
         """
         self.path, self._config, self._about = Path(path), config, about
+        self._rows = self.path / "rows.jsonl"
+        hosts.once(self._open)
+
+    def _open(self) -> None:
+        text = configs.to_json(self._config)
         (self.path / "arrays").mkdir(parents=True, exist_ok=True)
         for left in self.path.rglob(".*.tmp"):
             left.unlink()
-        text = configs.to_json(config)
         if (self.path / "config.json").is_file():
             if (self.path / "config.json").read_text() != text:
                 raise RecordError(f"{self.path} holds a run of another config: give another folder")
         write(self.path / "config.json", text)
-        write(self.path / "provenance.json", json.dumps(provenance(about or {}), indent=1))
-        self._rows = self.path / "rows.jsonl"
+        write(self.path / "provenance.json", json.dumps(provenance(self._about or {}), indent=1))
         if self._rows.is_file():  # drop the half row of a killed process
             content = self._rows.read_bytes()
             os.truncate(self._rows, content.rfind(b"\n") + 1)
@@ -209,6 +225,8 @@ class Recorder:
 
     def append(self, columns: Mapping[str, np.ndarray]) -> None:
         """Rows at the end of the live table; NaN stands for what a row does not have."""
+        if not hosts.is_first():
+            return
         texts = [_texts(np.asarray(values)) for values in columns.values()]
         names = [json.dumps(name).replace("%", "%%") for name in columns]
         line = "{" + ", ".join(f"{name}: %s" for name in names) + "}\n"
@@ -217,12 +235,17 @@ class Recorder:
 
     def position(self) -> int:
         """The bytes of live rows that are safely on the disk."""
+        if not hosts.is_first():
+            return 0
         with self._rows.open("ab") as f:
             os.fsync(f.fileno())
             return f.tell()
 
     def rewind(self, position: int) -> list[dict[str, Any]]:
         """Drop the live rows past ``position``; returns the rest. RecordError: fewer are there."""
+        return hosts.once(self._rewind, position)
+
+    def _rewind(self, position: int) -> list[dict[str, Any]]:
         size = self._rows.stat().st_size if self._rows.exists() else 0
         if (self.path / "done.json").is_file():
             raise RecordError(f"{self.path} holds a finished run: read() it")
@@ -237,16 +260,21 @@ class Recorder:
 
     def array(self, name: str, value: np.ndarray) -> None:
         """One array, readable from the moment this returns."""
+        if not hosts.is_first():
+            return
         buffer = io.BytesIO()
         np.savez(buffer, value=value)
         write(self.path / "arrays" / f"{name}.npz", buffer.getvalue())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays stored so far."""
-        return _read_arrays(self.path)
+        return hosts.once(_read_arrays, self.path)
 
     def finish(self, table: Table) -> None:
         """Store the final table and mark the directory done; the live rows give way to it."""
+        hosts.once(self._finish, table)
+
+    def _finish(self, table: Table) -> None:
         for name, value in table.arrays.items():
             self.array(name, value)
         buffer = io.BytesIO()

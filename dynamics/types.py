@@ -97,8 +97,8 @@ class Stream(NamedTuple):
     """Batch t of replica s as a pure function of (s, t).
 
     A stream from the host yields from ``host(first)`` what the batches of the steps first,
-    first + 1, ... are made of, with leaves [K, ...]; it arrives as ``fed``, which is ``()`` for
-    data that lie on the device.
+    first + 1, ... are made of, with leaves [K, B, ...]; it arrives as ``fed``, which is ``()`` for
+    data that lie on the device. ``host(first, (replicas, examples))`` yields these slices of it.
     """
 
     batch: Callable[[PyTree, PyTree, PyTree, Key, jax.Array], Batch]
@@ -106,7 +106,7 @@ class Stream(NamedTuple):
     shared: PyTree  # lies on the device once
     own: PyTree  # every leaf has a leading replica axis
     batch_size: int
-    host: Callable[[int], Iterator[PyTree]] | None = None
+    host: Callable[..., Iterator[PyTree]] | None = None
 
 
 Each = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]

@@ -29,7 +29,7 @@ class Watch:
         self._probes = {probe.name: probe for probe in probes}
         self._revision = revision
         self._each = each_replica(mesh, how)
-        self._lies = meshes.over_replicas(mesh)
+        self._mesh, self._lies = mesh, meshes.over_replicas(mesh)
         self._folds: dict[str, Fold] = {}
         self._metrics: dict[str, dict[str, jax.Array]] = {}
         self.carries: dict[str, Any] = {}
@@ -41,7 +41,7 @@ class Watch:
                 self.carries[name] = probe.start(state, self._each)
         if revision is not None:
             begun = (revision.start(own, state, self._each), own)
-            self.carries[revision.name] = jax.device_put(begun, self._lies)
+            self.carries[revision.name] = meshes.put(begun, self._lies, mesh)
 
     def next(self, done: int) -> int:
         """The first step after ``done`` at which something is measured or revised."""
@@ -63,7 +63,7 @@ class Watch:
         carry, own, metrics = revision.revise(carry, before, state, self._each)
         if (was := _shapes(before)) != (now := _shapes(own)):
             raise ValueError(f"revision {revision.name!r} must keep the shapes {was}, got {now}")
-        self.carries[revision.name] = jax.device_put((carry, own), self._lies)
+        self.carries[revision.name] = meshes.put((carry, own), self._lies, self._mesh)
         return {f"{revision.name}.{metric}": value for metric, value in metrics.items()}
 
     def fold(self, aux: Aux, count: int) -> None:

@@ -36,6 +36,9 @@ results:     runs/<experiment>/<fingerprint>; a finished run is not computed aga
 environment: DYNAMICS_DATA   the folder of data sets (default: none; digits need no files)
              DYNAMICS_CACHE  the folder of compiled programs, or off (default: the user's cache)
              JAX_NUM_CPU_DEVICES  devices to split a CPU into (default: one per core)
+several hosts: the same command on each; found by itself on SLURM, Open MPI, Kubernetes and Cloud
+             TPU, else JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES JAX_PROCESS_ID;
+             DYNAMICS_PATIENCE  seconds to wait for one that does not arrive (default: 600)
 """
 
 
@@ -223,6 +226,7 @@ def _value(word: str) -> Any:
 
 
 def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> int:
+    from dynamics import hosts
     from dynamics import mesh as meshes
     from dynamics.checkpoint import CheckpointError
     from dynamics.data import DataError
@@ -230,17 +234,22 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
 
     meshes.start()
     mesh, began = None, time.monotonic()
-    with progress.shown():
+    with progress.shown(hosts.is_first()):
         try:
             mesh = meshes.make(*where.mesh) if where.mesh else None
             for group in configs.group(points):
                 data = module.load(group[0], where.data_folder)
                 module.sweep(group, data, mesh, store=where.runs)
+        except hosts.LostError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return hosts.LOST
         except (ValueError, OSError, DataError, RecordError, CheckpointError) as error:
             if where.verbose:
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 2
+    if not hosts.is_first():
+        return 0
     print(
         f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {time.monotonic() - began:.1f} s:"
     )

@@ -14,11 +14,15 @@ SECONDS = 10.0  # between plain lines
 
 
 @contextmanager
-def shown() -> Iterator[None]:
-    """Show the progress and the warnings that ``dynamics`` logs, on the standard error."""
+def shown(everything: bool = True) -> Iterator[None]:
+    """Show the progress and the warnings that ``dynamics`` logs, on the standard error.
+
+    Of several processes the first shows ``everything``, the others errors alone.
+    """
     logger = logging.getLogger("dynamics")
     console = Console(stderr=True)
-    handler = _Line(console) if console.is_terminal else _Plain()
+    handler = _Line(console) if everything and console.is_terminal else _Plain()
+    handler.setLevel(logging.INFO if everything else logging.ERROR)
     level, logger.propagate = logger.level, False
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -66,13 +66,13 @@ def train(
     first, members = settings[0], len(roots) // len(settings)
     optimizer = optim.make(first, total or num_steps)
     own = [optim.hyperparameters(setting) for setting in settings]
-    mesh = mesh or meshes.for_population(len(roots))
+    mesh = mesh or meshes.for_population(len(roots), first.batch_size)
     if start is None:
         hyperparameters = {k: np.repeat([one[k] for one in own], members) for k in own[0]}
         state = fit.init(net, optimizer, roots, hyperparameters | dict(scalars or {}), mesh)
     else:
         again = dataclasses.replace(start, key=roots)
-        state = jax.device_put(again, meshes.over_replicas(mesh))
+        state = meshes.put(again, meshes.over_replicas(mesh), mesh)
     change = augment.crop_and_flip() if first.augment == "crop_flip" else None
     batches = stream(data, first.batch_size, roots, augment=change, **subset)
     return fit.fit(

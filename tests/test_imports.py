@@ -18,7 +18,7 @@ PACKAGES = ("dynamics", "experiments", "configs", "paper_figures")
 LAYERS = """
 types
 tree
-config
+config hosts
 losses mesh record statistics
 data models task optim subspace
 step ghost

@@ -20,6 +20,7 @@ from dynamics.types import AUGMENT, NEVER, ORDER, Batch, Dataset, Key, Leaf, PyT
 Augment = Callable[[Key, jax.Array], jax.Array]
 
 RESIDENT_BYTES = 4 * 2**30  # of inputs, a copy for each device, in one memory
+EVERYTHING = slice(None), slice(None)  # replicas and examples of a batch
 CELL = 2**31  # probabilities are multiples of 1 / (n CELL)
 
 
@@ -89,7 +90,8 @@ def streamed(
     """The same stream from data that stay on the host (a numpy memory map, say), through grain.
 
     ``keys`` are the state's root keys; the batches equal those of ``resident``. grain fetches ahead
-    with ``num_threads`` threads; only the batches travel to the device, as stored.
+    with ``num_threads`` threads; only the batches travel to the device, as stored, and of several
+    processes each reads its own part of them.
     """
     try:
         import grain
@@ -108,18 +110,22 @@ def streamed(
         keys = jax.random.wrap_key_data(data, impl=impl)
         return jax.vmap(lambda k, n: batch_rows(k, step, n, batch_size))(keys, size)
 
-    def fetch(step: int) -> PyTree:
+    def fetch(step: int, replicas: slice, examples: slice) -> PyTree:
         with jax.default_device(cpu):
             where = np.asarray(positions(host_keys, host_own["size"], np.int32(step)))
-        if "rows" in host_own:
-            where = np.take_along_axis(host_own["rows"], where, axis=1)
+        mine = {name: value[replicas] for name, value in host_own.items()}
+        where = where[replicas, examples]
+        if "rows" in mine:
+            where = np.take_along_axis(mine["rows"], where, axis=1)
         y = data.y[where]
-        if "labels" in host_own:
-            y = np.stack([y[w] for y, w in zip(host_own["labels"], where, strict=True)])
+        if "labels" in mine:
+            y = np.stack([y[w] for y, w in zip(mine["labels"], where, strict=True)])
         return {"x": data.x[where], "y": y.astype(np.int32), "rows": where}
 
-    def host(first: int) -> Iterator[PyTree]:
-        steps = grain.MapDataset.range(first, NEVER).map(lambda t: fetch(int(t)))
+    def host(
+        first: int, part: tuple[slice, slice] = (slice(None), slice(None))
+    ) -> Iterator[PyTree]:
+        steps = grain.MapDataset.range(first, NEVER).map(lambda t: fetch(int(t), *part))
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
         return iter(steps.to_iter_dataset(options))
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from dynamics import mesh as meshes
 from dynamics import statistics
 from dynamics.scores.examples import over_examples
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
@@ -91,7 +92,7 @@ class Memorisation:
             batch_size=self.batch_size,
             each=each,
         )
-        values = {name: np.asarray(value) for name, value in found.items()}
+        values = meshes.fetch(found)
         replicas = [
             _summary({name: value[k] for name, value in values.items()}, labels, self.clean)
             for k, labels in enumerate(self.labels)

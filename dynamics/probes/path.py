@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dynamics import landscape
+from dynamics import mesh as meshes
 from dynamics.data.stream import normalise
 from dynamics.probes.evaluate import loss_and_accuracy
 from dynamics.scores.examples import over_examples
@@ -89,11 +90,11 @@ class Path:
 
 
 def _other_half_first(x: jax.Array) -> jax.Array:
-    """x[k + K/2] at k, by way of one device: small programs with collectives in them, several in
+    """x[k + K/2] at k, by way of the host: small programs with collectives in them, several in
     flight, deadlock on CPU devices.
     """
-    here = jax.device_put(x, x.addressable_shards[0].device)
-    return jax.device_put(jnp.roll(here, len(x) // 2, axis=0), x.sharding)
+    mesh = x.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return meshes.put(np.roll(meshes.fetch(x), len(x) // 2, axis=0), x.sharding, mesh)
 
 
 def alphas(points: int) -> np.ndarray:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from dynamics import mesh as meshes
 from dynamics.revise import pixels
 from dynamics.revise.curve import Detection, detected
 from dynamics.revise.pixels import IGNORED, Correction
@@ -97,7 +98,7 @@ class Adele:
         counts = self._count(carry, state, (part - 1) % self.parts, each)
         if part % self.parts:
             return {**carry, "counts": counts}, own, {}
-        curves, onset = np.array(carry["iou"]), np.array(carry["onset"])
+        curves, onset = (np.array(meshes.fetch(carry[name])) for name in ("iou", "onset"))
         curves[:, epoch - 1] = np.asarray(pixels.iou(jnp.asarray(counts)))
         self._advance(onset, curves, epoch)
         if (due := self._due(onset, epoch)).any():
@@ -112,7 +113,7 @@ class Adele:
         found, _ = self._predict(self.task, state, dataclasses.replace(self.data, **fields), each)
         labels = carry["labels"][:, rows]
         counts = each(_counting(self.num_classes))((found, labels))
-        return np.asarray(carry["counts"]) + np.asarray(counts)
+        return meshes.fetch(carry["counts"]) + meshes.fetch(counts)
 
     def _correct(
         self,

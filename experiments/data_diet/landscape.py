@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynamics import mesh as meshes
 from dynamics import scores
 from dynamics.landscape import barrier
 from dynamics.probes import KernelVelocity, Path
@@ -75,7 +76,7 @@ def connect(job: Job) -> list[Table]:
             labels=labels,
             **options,
         ).state
-        here = jax.device_put(parent, jax.local_devices()[0])  # one device: no collectives
+        here = meshes.fetch(parent)
         both = jax.tree.map(lambda x: jnp.concatenate([x, x]), here)
         found.append((epoch, children(both, jnp.concatenate(other), f"children {step}")))
     return [

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynamics import mesh as meshes
 from dynamics.revise.pixels import IGNORED
 from dynamics.scores.examples import over_examples
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
@@ -49,11 +50,12 @@ class Fates:
         """The parts and means f32[K]."""
         found = {}
         for part, data in (("train", self.data), ("test", self.tested)):
-            found[part] = over_examples(classes, self.task, state, data, batch_size=64, each=each)
+            own = over_examples(classes, self.task, state, data, batch_size=64, each=each)
+            found[part] = meshes.fetch(own)
         metrics = {
-            "train": mean_iou(np.asarray(found["train"]), np.asarray(self.data.y)),
-            "test": mean_iou(np.asarray(found["test"]), np.asarray(self.tested.y)),
-        } | fates(np.asarray(found["train"]), self.labels, np.asarray(self.data.y))
+            "train": mean_iou(found["train"], np.asarray(self.data.y)),
+            "test": mean_iou(found["test"], np.asarray(self.tested.y)),
+        } | fates(found["train"], self.labels, np.asarray(self.data.y))
         made = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return carry, made | (
             {"predicted": found["train"]} if int(state.step[0]) == self.last else {}

@@ -147,7 +147,7 @@ def _trained(
     assert results.state is not None
     return [
         (p, method, c, scale, r, *_outcome(np.asarray(u, np.float64), drawn[p, r], absolute))
-        for (p, c, scale, r), u in zip(cells, results.state.params, strict=True)
+        for (p, c, scale, r), u in zip(cells, meshes.fetch(results.state.params), strict=True)
     ]
 
 

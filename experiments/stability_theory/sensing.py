@@ -178,7 +178,7 @@ def _asymmetric(points: Sequence[Config], mesh: Mesh | None, recorder: Recorder 
     state, until = descent.state({"f": f, "g": g}), first.before
     at = population.logarithmic(until, MEASURED // 2)
     state, early = descent.trained(state, until, at, "asymmetric")
-    f, g = (np.array(state.params[name]) for name in ("f", "g"))
+    f, g = (np.array(meshes.fetch(state.params[name])) for name in ("f", "g"))
     for k, (p, method, *_) in enumerate(cells):
         if method == "modified":
             f[k], g[k] = raised(f[k], g[k], _choices(points[p]).raised)

@@ -1,0 +1,89 @@
+"""One process of a run of several: ``python tests/processes.py FOLDER R D M STEPS``.
+
+The environment says which one it is (``mesh.start``). The run has probes of every kind, its batches
+come from the host, its parameters lie in parts; what this process was given at the end goes to
+``FOLDER.<process>.npz``.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+REPLICAS, EVERY = 4, 20
+
+
+def trained(folder: Path, shape: Sequence[int], steps: int) -> dict[str, Any]:
+    """The run on the devices of all processes: its rows, arrays, and what was trained."""
+    import jax
+    import numpy as np
+    import tiny
+
+    from dynamics import mesh, record
+    from dynamics.data.stream import streamed
+    from dynamics.probes import AreaUnderMargin, Evaluate, Memorisation
+    from dynamics.record import Table
+
+    p, where = tiny.problem("mlp", steps), mesh.make(*shape)
+    labels = np.tile(np.roll(p.data.y, 1), (REPLICAS, 1))
+    probes = (
+        Evaluate(p.task, p.data, 20, batch_size=40),
+        AreaUnderMargin(len(p.data), 20),
+        Memorisation(p.task, p.data, labels, p.data.y, 20, batch_size=40),
+    )
+
+    def compute(points: Sequence[str], recorder: record.Recorder | None) -> list[Table]:
+        keys = jax.random.split(jax.random.key(0), REPLICAS)
+        found = tiny.run(
+            *(p, where, REPLICAS),
+            stream=streamed(p.data, tiny.BATCH, keys, labels=labels),
+            store=recorder,
+            rules=mesh.FULLY_SHARDED,
+            checkpoint_every=EVERY,
+            probes=probes,
+        )
+        assert found.state is not None
+        leaves = jax.tree.leaves(mesh.fetch((found.state.params, found.state.opt_state)))
+        return [Table(found.rows, found.arrays | {f"leaf{i}": x for i, x in enumerate(leaves)})]
+
+    (table,) = record.completed(folder, ("run",), compute, {"data": "made up"})
+    return {f"rows.{name}": values for name, values in table.rows.items()} | table.arrays
+
+
+def main(folder: Path, shape: Sequence[int], steps: int) -> None:
+    import logging
+
+    import numpy as np
+
+    from dynamics import hosts, mesh
+
+    logging.basicConfig(level=logging.WARNING)
+    mesh.start()
+    np.savez(f"{folder}.{hosts.index()}.npz", **trained(folder, shape, steps))
+
+
+def start(
+    folder: Path, count: int, devices: int, shape: Sequence[int], steps: int, patience: float = 60
+) -> list[subprocess.Popen]:
+    """The processes of a run, each with its log at ``FOLDER.<process>.log``."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = [sys.executable, __file__, str(folder), *map(str, shape), str(steps)]
+    found = []
+    for process in range(count):
+        own = {"JAX_NUM_CPU_DEVICES": str(devices), "DYNAMICS_PATIENCE": str(patience)}
+        if count > 1:
+            own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+            own |= {"JAX_PROCESS_ID": str(process)}
+        with open(f"{folder}.{process}.log", "w") as log:
+            environment = os.environ | own | {"DYNAMICS_CACHE": "off"}
+            found.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), list(map(int, sys.argv[2:5])), int(sys.argv[5]))
