@@ -60,19 +60,25 @@ def test_the_standard_errors_are_those_of_the_samples() -> None:
 
 
 def test_errors_cover() -> None:
-    """The truth is within two errors for most keys, and not within a third of one; of XTrace, whose
-    estimates are not independent, within three."""
+    """The truth is within two errors for most keys, and not within a third of one. XTrace's are
+    too small by as much as it says: its estimates are not independent."""
     a = ref.symmetric(60) + 2 * np.eye(60)
     op = of_matrix(a)
     keys = jax.random.split(jax.random.key(0), 200)
-    for fn, truth, errors in (
-        (curvature.trace, np.trace(a), 2),
-        (curvature.frobenius, np.linalg.norm(a), 2),
-        (curvature.xtrace, np.trace(a), 3),
+
+    def apart(fn: Any, truth: float) -> np.ndarray:
+        """In errors."""
+        found = jax.jit(lambda keys: jax.lax.map(lambda k: fn(op, k, 30), keys))(keys)
+        return np.abs(np.asarray(found.value) - truth) / np.asarray(found.error)
+
+    for fn, truth in (
+        (curvature.trace, np.trace(a)),
+        (curvature.frobenius, np.linalg.norm(a)),
     ):
-        found = jax.jit(lambda keys, fn=fn: jax.lax.map(lambda k: fn(op, k, 30), keys))(keys)
-        z = np.abs(np.asarray(found.value) - truth) / np.asarray(found.error)
-        assert 0.88 < np.mean(z < errors) and np.mean(z < 1 / 3) < 0.5
+        z = apart(fn, truth)
+        assert 0.88 < np.mean(z < 2) and np.mean(z < 1 / 3) < 0.5
+    z = apart(curvature.xtrace, np.trace(a))
+    assert 1.3 < np.sqrt(np.mean(z**2)) < 1.7
 
 
 def test_the_diagonal_and_its_error() -> None:
