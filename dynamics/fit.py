@@ -142,7 +142,6 @@ def fit(
         while True:
             if terminated.is_set():
                 hosts.ask_to_stop()
-            hosts.reached(done)
             end, save, stopped = hosts.once(decide)
             if stopped or done == num_steps:
                 break
@@ -156,6 +155,7 @@ def fit(
             if (revised := watch.revise(state, done)) is not None:
                 chunk.own = watch.own
                 book.measured(done, revised)
+            hosts.reached(done)  # what follows waits for the others
             if not pace.known or not chunk.in_flight:
                 book.settle()  # to know how long a step takes before more are dispatched
             pace.tick(book.fetched, book.loss)

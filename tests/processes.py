@@ -2,18 +2,35 @@
 
 The environment says which one it is (``mesh.start``). The run has probes of every kind, its batches
 come from the host, its parameters lie in parts; what this process was given at the end goes to
-``FOLDER.<process>.npz``.
+``FOLDER.<process>.npz``. With SLEEPER=<process> in the environment that one stays behind for ever.
 """
 
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 REPLICAS, EVERY = 4, 20
+
+
+class Sleeper:
+    """A probe that never comes back."""
+
+    name, every = "sleeper", (2 * EVERY,)
+
+    def start(self, state: Any, each: Any) -> tuple:
+        return ()
+
+    def measure(self, carry: tuple, state: Any, each: Any) -> tuple[tuple, dict]:
+        from dynamics import hosts
+
+        while os.environ.get("SLEEPER") == str(hosts.index()):
+            time.sleep(1)
+        return carry, {}
 
 
 def trained(folder: Path, shape: Sequence[int], steps: int) -> dict[str, Any]:
@@ -33,6 +50,7 @@ def trained(folder: Path, shape: Sequence[int], steps: int) -> dict[str, Any]:
         Evaluate(p.task, p.data, 20, batch_size=40),
         AreaUnderMargin(len(p.data), 20),
         Memorisation(p.task, p.data, labels, p.data.y, 20, batch_size=40),
+        Sleeper(),
     )
 
     def compute(points: Sequence[str], recorder: record.Recorder | None) -> list[Table]:

@@ -89,3 +89,39 @@ def test_the_others_end_when_one_is_killed(tmp_path: Path, alone: dict) -> None:
     at = Checkpoints(run).steps()[-1]
     assert EVERY <= at < STEPS
     close(trained(folder, (2, 1, 1), STEPS), alone)
+
+
+@pytest.mark.slow
+def test_one_that_does_not_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives, and the other waits for it as long as it was told."""
+    monkeypatch.setenv("SLEEPER", "1")
+    folder = tmp_path / "run"
+    running = start(folder, 2, 1, (2, 1, 1), STEPS, patience=5)
+    assert running[0].wait(timeout=LIMIT) == LOST, log(folder, 0)
+    assert ended(running)[1] == LOST, log(folder, 1)
+    for process in range(2):
+        assert "process 1 of 2 is at step 20, where others have waited for it" in log(
+            folder, process
+        )
+
+
+@pytest.mark.slow
+def test_one_that_is_suspended(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    running = begun(folder, 2, 1, (1, 2, 1))
+    running[1].send_signal(signal.SIGSTOP)
+    assert running[0].wait(timeout=LIMIT) == LOST, log(folder, 0)
+    assert "process 1 of 2 has given no sign of life" in log(folder, 0)
+    running[1].kill()
+    assert ended(running) == [LOST, -signal.SIGKILL]
+
+
+@pytest.mark.slow
+def test_the_first_is_killed(tmp_path: Path) -> None:
+    """jax itself ends the others, for its service was there; they can be started again."""
+    folder = tmp_path / "run"
+    running = begun(folder, 2, 1, (1, 2, 1))
+    running[0].kill()
+    assert ended(running)[1] not in (0, None)
+    assert "Terminating process because" in log(folder, 1)
+    assert ended(start(folder, 2, 1, (1, 2, 1), STEPS)) == [0, 0]

@@ -114,9 +114,9 @@ def xtrace(operator: Operator, key: Key, num: int = 32, *, unroll: bool = False)
     Better than ``trace`` at equal ``num`` where eigenvalues decay or all have one sign (trained
     networks, Gauss-Newton: half the error or less), no better or worse where the trace is small
     against the norm (cross-entropy at initialisation). The error comes from estimates that are not
-    independent, and is too small by a quarter (decaying) to a third (nothing decays). Cost: ``num`` products,
-    num / 2 of them each time side by side in memory: num n numbers, in one piece; for small or
-    unsharded parameters. ValueError: num odd or < 4, or num / 2 > n; a sharded operator.
+    independent, and is too small by a quarter (decaying) to a third (nothing decays). Cost: ``num``
+    products, num / 2 of them each time side by side in memory: num n numbers, in one piece; for
+    small or unsharded parameters. ValueError: num odd or < 4, or num / 2 > n; a sharded operator.
 
     Reference: Epperly, Tropp and Webber 2024, arXiv 2301.07825, algorithm 2 and section 2.3.
     """
