@@ -1,9 +1,10 @@
 # Two commands do everything: `make figure` and `make test`. Both make .venv on first use.
 PYTHON ?= python3
+JAX ?= cuda13
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: figure test slow bench check clean
+.PHONY: figure test slow bench gpu check clean
 
 figure: $(VENV)/.figures  ## the Data Diet figure from real digits, with its claims
 	$(BIN)/python -m experiments data_diet configs/data_diet/digits.py
@@ -17,6 +18,12 @@ slow: $(VENV)/.tests  ## the tests that take minutes
 
 bench: $(VENV)/.tests  ## speed and memory beside bare computations and peers
 	$(BIN)/python -m benchmarks
+
+gpu: $(VENV)/.tests  ## all that wants an accelerator; jax for it is installed first (JAX=cuda13, tpu)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'jax[$(JAX)]'
+	$(BIN)/python -m benchmarks resnet_training populations grand_resnet grand_transformer
+	-JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest
+	$(BIN)/python -m experiments data_diet configs/data_diet/cifar10.py
 
 check: $(VENV)/.tests  ## format, lint, types
 	$(BIN)/ruff format

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import costs, curvature, early_learning, scores, speed
+from benchmarks import accelerator, costs, curvature, early_learning, scores, speed
 from benchmarks.measure import Result
 from dynamics import mesh, record
 
@@ -41,6 +41,8 @@ BENCHMARKS: dict[str, Callable[[bool], list[Result]]] = {
     "curvature_convnet": curvature.curvature_convnet,
     "curvature_transformer": curvature.curvature_transformer,
     "sharpness_watched": curvature.sharpness_watched,
+    "resnet_training": accelerator.resnet_training,
+    "populations": accelerator.populations,
 }
 HEADER = ("name", "what", "ours", "theirs", "ratio", "goal", "met", "first lap", "others", "note")
 

@@ -26,7 +26,7 @@ class Job(NamedTuple):
     """A net on data."""
 
     data: Dataset
-    model: models.MLP | models.Convnet
+    model: models.MLP | models.Convnet | models.ResNet
     batch_size: int
     about: str
 
@@ -35,6 +35,8 @@ class Job(NamedTuple):
         if isinstance(self.model, models.MLP):
             sizes = [self.data.x[0].size, *[self.model.width] * self.model.depth, CLASSES]
             return "-".join(map(str, sizes)) + f", batch {self.batch_size}"
+        if isinstance(self.model, models.ResNet):
+            return f"ResNet-{self.model.depth}, batch {self.batch_size}"
         return f"convnet {'-'.join(map(str, self.model.channels))}, batch {self.batch_size}"
 
     def task(self) -> Task:
@@ -44,6 +46,7 @@ class Job(NamedTuple):
     def plain(self) -> plain.Plain:
         """The same for who writes it by hand."""
         data, model = self.data, self.model
+        assert not isinstance(model, models.ResNet), "not written by hand"
         sizes = (
             {"widths": (model.width,) * model.depth}
             if isinstance(model, models.MLP)

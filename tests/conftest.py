@@ -23,6 +23,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+FEW = r"needs \d+ devices, this machine has \d"
+
 # What takes long to compile and is a variant of what is tried on an MLP, a smaller mesh or another
 # option: tried by `make slow`, so that all the rest takes minutes on two cores.
 LONG = re.compile(
@@ -58,6 +60,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if LONG.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """A machine of few devices, as one with a GPU, skips what needs a mesh of more."""
+    report = yield
+    if call.excinfo is not None and re.search(FEW, str(call.excinfo.value)):
+        if len(sys.modules["jax"].devices()) < 8:
+            path, line, _ = item.location
+            report.outcome, report.longrepr = "skipped", (path, line or 0, str(call.excinfo.value))
+    return report
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -93,7 +93,8 @@ def start(
     words = [sys.executable, __file__, str(folder), *map(str, shape), str(steps)]
     found = []
     for process in range(count):
-        own = {"JAX_NUM_CPU_DEVICES": str(devices), "DYNAMICS_PATIENCE": str(patience)}
+        own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+        own |= {"DYNAMICS_PATIENCE": str(patience)}
         if count > 1:
             own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
             own |= {"JAX_PROCESS_ID": str(process)}
