@@ -40,5 +40,5 @@ $(VENV)/.figures: pyproject.toml
 
 $(VENV)/.tests: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[figures,data,test,lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[figures,data,cluster,test,lint]'
 	touch $@ $(VENV)/.figures

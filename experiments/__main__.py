@@ -12,19 +12,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import tyro
 
 import experiments
 from dynamics import config as configs
-from experiments import export, progress
+from experiments import export, launch, progress, worker
 
 USAGE = """\
 usage: python -m experiments NAME [PRESET.py] [--flags]
            one run; NAME --help lists every value with its meaning and default
        python -m experiments sweep NAME [PRESET.py] [--field VALUE VALUE ...] ...
            every point of the grid; without fields, the preset's own sweep
+           --workers 4                  in so many processes at a time, on this machine
+           --slurm partition=gpu timeout_min=600 nodes=2 ...   as SLURM jobs, see docs/launching.md
        python -m experiments plan NAME [PRESET.py] --topology v5e:4x4 [--flags]
            compile that run for a TPU slice (or cpu:N) and say what a chip would hold and do
        python -m experiments export RUN [--keep PART --score NAME]
@@ -61,9 +63,9 @@ class Refused(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out a command; the exit status: 0 done, 2 refused."""
+    """Carry out a command; the exit status: 0 done, 1 some runs are missing, 2 refused."""
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
-    parts = ("__main__", "progress", "launch", "export", "training", "plan")
+    parts = ("__main__", "progress", "launch", "worker", "export", "training", "plan")
     names = [n for n in names if n not in parts]
     usage = USAGE.format(names=", ".join(names))
     if argv[:1] == ["export"]:
@@ -86,14 +88,16 @@ def main(argv: Sequence[str]) -> int:
         flags = rest[1:] if preset else rest
         topology = _taken(flags, "--topology") if planned else ""
         if several:
-            points, where = _sweep_points(module, preset, flags)
+            points, where, how = _sweep_points(module, preset, flags)
         else:
-            points, where = _one_point(module, preset, flags, name)
+            (points, where), how = _one_point(module, preset, flags, name), None
     except (Refused, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if planned:
         return _plan(module, points[0], where, topology)
+    if how is not None:
+        return _launch(name, points, where, how)
     return _run(module, name, points, where)
 
 
@@ -182,8 +186,8 @@ def _chosen(config: Any, flags: list[str]) -> tuple[Any, list[str]]:
 
 def _sweep_points(
     module: ModuleType, preset: dict[str, Any], flags: Sequence[str]
-) -> tuple[tuple[Any, ...], Where]:
-    """The points of a grid given as ``--field value value``, and where they are computed."""
+) -> tuple[tuple[Any, ...], Where, launch.How | None]:
+    """The points of a grid given as ``--field value value``, where and how they are computed."""
     fields: dict[str, list[Any]] = {}
     if {"-h", "--help"} & set(flags):
         config = preset.get("config") or module.Config()
@@ -192,7 +196,8 @@ def _sweep_points(
             f"fields are those of the experiment's own --help; one program for all values of: "
             f"{together}"
         )
-    for word in itertools.chain.from_iterable(flag.split("=", 1) for flag in flags):
+    words = (flag.split("=", 1) if flag.startswith("--") else [flag] for flag in flags)
+    for word in itertools.chain.from_iterable(words):
         if word.startswith("--"):
             fields[word[2:].replace("-", "_")] = []
         elif fields:
@@ -206,13 +211,14 @@ def _sweep_points(
         mesh=tuple(options["mesh"]) if "mesh" in options else None,  # pyright: ignore
         verbose="verbose" in options and options["verbose"] != [False],
     )
+    how = launch.asked(fields.pop("workers", None), fields.pop("slurm", None))
     if fields:
-        return configs.grid(preset.get("config") or module.Config(), fields), where
+        return configs.grid(preset.get("config") or module.Config(), fields), where, how
     if "sweep" not in preset:
         raise Refused(
             "nothing to sweep: give --field VALUE ..., or a preset with sweep = grid(...)"
         )
-    return tuple(preset["sweep"]), where
+    return tuple(preset["sweep"]), where, how
 
 
 def _value(word: str) -> Any:
@@ -239,7 +245,8 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
             mesh = meshes.make(*where.mesh) if where.mesh else None
             for group in configs.group(points):
                 data = module.load(group[0], where.data_folder)
-                module.sweep(group, data, mesh, store=where.runs)
+                with worker.alone(where.runs / name, group, wait=True):
+                    module.sweep(group, data, mesh, store=where.runs)
         except hosts.LostError as error:
             print(f"error: {error}", file=sys.stderr)
             return hosts.LOST
@@ -248,15 +255,49 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 2
-    if not hosts.is_first():
-        return 0
-    print(
-        f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {time.monotonic() - began:.1f} s:"
-    )
-    for point in points:
-        print(f"  {where.runs / name / configs.fingerprint(point)}{_differences(point, points)}")
-    print(f"draw:  python -m paper_figures {name} --runs {where.runs}")
+    if hosts.is_first():
+        _say_done(name, points, where, began)
     return 0
+
+
+def _launch(name: str, points: Sequence[Any], where: Where, how: launch.How) -> int:
+    began = time.monotonic()
+    try:
+        missing = launch.launch(name, points, how, where.runs, where.data_folder, where.mesh)
+    except ValueError as error:
+        if where.verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        jobs = "" if how.slurm is None else ", its jobs were not (squeue shows them, scancel ends)"
+        print(f"stopped{jobs}; the same command goes on", file=sys.stderr)
+        return 130
+    if not missing:
+        _say_done(name, points, where, began)
+        return 0
+    count = sum(map(len, missing))
+    print(f"error: {count} of {len(points)} runs of {name} are missing", file=sys.stderr)
+    for unit, why in missing.items():
+        _say_points(name, unit, points, where, sys.stderr)
+        print(f"  {why}", file=sys.stderr)
+    print("the others are done; the same command computes what is missing", file=sys.stderr)
+    return 1
+
+
+def _say_done(name: str, points: Sequence[Any], where: Where, began: float) -> None:
+    seconds = time.monotonic() - began
+    print(f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {seconds:.1f} s:")
+    _say_points(name, points, points, where, sys.stdout)
+    print(f"draw:  python -m paper_figures {name} --runs {where.runs}")
+
+
+def _say_points(
+    name: str, some: Sequence[Any], points: Sequence[Any], where: Where, file: TextIO
+) -> None:
+    for point in some:
+        path = where.runs / name / configs.fingerprint(point)
+        print(f"  {path}{_differences(point, points)}", file=file)
 
 
 def _differences(point: Any, points: Sequence[Any], prefix: str = "") -> str:

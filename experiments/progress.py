@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -33,6 +33,24 @@ def shown(everything: bool = True) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = True
+
+
+@contextmanager
+def line() -> Iterator[Callable[[str], None]]:
+    """A function that shows a text in the place of the one before; elsewhere, each new one."""
+    console, last = Console(stderr=True), ""
+
+    def say(text: str) -> None:
+        nonlocal last
+        if text != last:
+            print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr)
+        last = text
+
+    if not console.is_terminal:
+        yield say
+        return
+    with console.status("") as status:
+        yield status.update
 
 
 class _Line(logging.Handler):

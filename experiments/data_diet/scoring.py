@@ -1,6 +1,7 @@
 """The scoring stage: every score of every example, at every epoch asked for, stored once."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from dynamics.data.sources import Splits
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, VarianceOfGradients
 from dynamics.record import Recorder, Table
 from dynamics.types import Batch, Task, TrainState
-from experiments import training
+from experiments import training, worker
 from experiments.data_diet.config import Config, Method, ScoringConfig, scoring_part
 
 SCORING, RETRAINING, RANDOM, CHILD, OTHER = range(5)  # purposes of the seed
@@ -77,9 +78,10 @@ def stored(data: Splits, mesh: Mesh | None, folder: Path | None, about: dict[str
     def scored(points: Sequence[ScoringConfig]) -> list[Arrays]:
         found: dict[ScoringConfig, Arrays] = {}
         for group in configs.group(dict.fromkeys(points)):
-            tables = record.completed(
-                folder, group, lambda todo, recorder: compute(todo, data, mesh, recorder), about
-            )
+            with nullcontext() if folder is None else worker.alone(folder, group, wait=True):
+                tables = record.completed(
+                    folder, group, lambda todo, recorder: compute(todo, data, mesh, recorder), about
+                )
             found |= {p: t.arrays for p, t in zip(group, tables, strict=True)}
         return [found[point] for point in points]
 
