@@ -6,8 +6,8 @@ the same units, so that a killed one continues from its checkpoint; one whose po
 ``done.json`` is not begun. No point is computed by two processes at once (``worker.alone``).
 
 ``<runs>/<experiment>/launches/<time>-<process>/`` holds the logs of the workers (``*_log.err``) and
-for each unit that was begun the links ``<unit>.taken`` and of SLURM ``<unit>.job``, to the id of
-the job that computes it, and ``<unit>.failed``, which says why it could not.
+for each unit ``<unit>.taken``, a link to the id of the job that began it, ``<unit>.failed``, which
+says why it could not be computed, and ``<unit>.job``, the SLURM job that was given it.
 """
 
 import datetime
@@ -30,8 +30,9 @@ from experiments import progress, worker
 from experiments.worker import Unit
 
 AGAIN = 1  # times that a unit is given to another worker after its own died
-SECONDS = 0.2  # between looks at the workers
+SECONDS = 0.3  # between looks at the workers
 LINES = 5  # of a dead worker's log that are shown
+GRACE = 10.0  # seconds that workers have to save what they train when the command is stopped
 FOREVER = 10 * 365 * 24 * 60  # minutes a local worker may take
 LIVE = ("PENDING", "RUNNING", "REQUEUED", "COMPLETING", "SUSPENDED")  # states of a SLURM job
 
@@ -115,7 +116,7 @@ def launch(
                 for slot in [slot for slot, job in jobs.items() if job.done()]:
                     _judge(folder, slots[slot], jobs.pop(slot), died, why, home)
                 left = [unit for unit in todo if unit not in why and not worker.done(home, unit)]
-                free = {unit for unit in left if not worker.job_of(folder, unit, "taken")}
+                free = {unit for unit in left if not worker.job_of(folder, unit)}
                 idle = [s for s in range(len(slots)) if s not in jobs and free & set(slots[s])]
                 if start := idle[: max(0, len(left) - len(jobs))]:
                     given = [(name, slots[s], runs, data_folder, mesh, *shares[s]) for s in start]
@@ -148,8 +149,8 @@ def _judge(
 ) -> None:
     """What became of the units of a job that has ended."""
     well = job.paths.result_pickle.exists() and job.exception() is None
-    taken = [unit for unit in units if worker.job_of(folder, unit, "taken") == job.job_id]
-    none_yet = [unit for unit in units if not worker.job_of(folder, unit, "taken")]
+    taken = [unit for unit in units if worker.job_of(folder, unit) == job.job_id]
+    none_yet = [unit for unit in units if not worker.job_of(folder, unit)]
     for unit in taken or ([] if well else none_yet):
         if worker.done(home, unit):
             continue
@@ -157,9 +158,10 @@ def _judge(
             why[unit] = failed.read_text()
             continue
         died[unit] += 1
-        if died[unit] > AGAIN or not taken:  # one that can't even start: no other will
-            times = f"{died[unit]} times" if died[unit] > 1 else "at its start"
-            why[unit] = f"its worker died {times}\n{_last_lines(job.paths.stderr)}"
+        if died[unit] > AGAIN or not taken or job.state.startswith("CANCELLED"):
+            when = "at its start" if not taken else "again" if died[unit] > 1 else ""
+            how = f"its worker died {when}".strip()
+            why[unit] = f"{how} ({job.state.lower()})\n{_last_lines(job.paths.stderr)}"
         else:
             worker.mark(folder, unit, "taken").unlink()
 
@@ -171,13 +173,14 @@ def _last_lines(log: Path) -> str:
 
 def _elsewhere(home: Path, units: Sequence[Unit]) -> dict[Unit, str]:
     """The units that a SLURM job of an earlier command has or will have, by what SLURM says."""
-    import submitit
-
     found = {}
     for unit in units:
         for mark in sorted(home.glob(f"launches/*/{configs.fingerprint(unit)}.job"))[-1:]:
-            job = submitit.SlurmJob(folder=mark.parent, job_id=os.readlink(mark))
-            if job.get_info().get("State", "").startswith(LIVE):
+            import submitit
+
+            job = submitit.SlurmJob(folder=mark.parent, job_id=mark.read_text())
+            ended = job.paths.result_pickle.exists()
+            if not ended and job.get_info().get("State", "").startswith(LIVE):
                 found[unit] = f"job {job.job_id} of an earlier command is queued or running"
     return found
 
@@ -187,9 +190,7 @@ def _remember(
 ) -> None:
     """Note which SLURM job has which unit, before it begins."""
     for slot, job in jobs.items() if how.slurm is not None else ():
-        mark = worker.mark(folder, slots[slot][0], "job")
-        mark.unlink(missing_ok=True)
-        mark.symlink_to(job.job_id)
+        worker.mark(folder, slots[slot][0], "job").write_text(job.job_id)
 
 
 def _submitted(executor: Any, given: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -226,11 +227,11 @@ def _executor(how: How, folder: Path, name: str) -> Any:
 
 def _stop(jobs: Sequence[Any]) -> None:
     """End local workers: with a checkpoint if they are training, and then in any case."""
-    for how, seconds in ((signal.SIGTERM, 10.0), (signal.SIGINT, 5.0)):
+    for way, seconds in ((signal.SIGTERM, GRACE), (signal.SIGINT, 5.0)):
         until = time.monotonic() + seconds
         for job in [job for job in jobs if not job.done()]:
             with suppress(ProcessLookupError):
-                os.kill(int(job.job_id), how)  # submitit's process beside the worker hands it on
+                os.kill(int(job.job_id), way)  # submitit's process beside the worker hands it on
         while time.monotonic() < until and not all(job.done() for job in jobs):
             time.sleep(0.1)
 

@@ -113,10 +113,10 @@ def mark(folder: Path, unit: Unit, kind: str) -> Path:
     return folder / f"{configs.fingerprint(unit)}.{kind}"
 
 
-def job_of(folder: Path, unit: Unit, kind: str) -> str:
-    """The id of the job that the mark names, "" if there is none."""
+def job_of(folder: Path, unit: Unit) -> str:
+    """The id of the job that has taken the unit, "" if none has."""
     try:
-        return os.readlink(mark(folder, unit, kind))
+        return os.readlink(mark(folder, unit, "taken"))
     except FileNotFoundError:
         return ""
 
@@ -127,4 +127,4 @@ def _take(folder: Path, unit: Unit, job: Any) -> bool:
         return False
     with suppress(FileExistsError):
         mark(folder, unit, "taken").symlink_to(job.job_id)  # one of many that try succeeds
-    return job_of(folder, unit, "taken") == job.job_id
+    return job_of(folder, unit) == job.job_id
