@@ -26,7 +26,7 @@ def done(home: Path, unit: Sequence[Any]) -> bool:
 def alone(home: Path, points: Sequence[Any], *, wait: bool) -> Iterator[bool]:
     """Hold the points while no other process does; without ``wait``, whether that was possible.
 
-    A lock on one byte for each point of the empty file ``<home>/.locks``, which ends with the
+    A lock on one byte for each point of the empty file ``<home>/locks``, which ends with the
     process, however it ends. Finished points need none, and of several processes of one run the
     first holds for all.
     """
@@ -37,7 +37,7 @@ def alone(home: Path, points: Sequence[Any], *, wait: bool) -> Iterator[bool]:
         return
     home.mkdir(parents=True, exist_ok=True)
     places = sorted({int(configs.fingerprint(point), 16) >> 2 for point in points})
-    with (home / ".locks").open("ab") as file:
+    with (home / "locks").open("ab") as file:
         for place in places:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)

@@ -32,13 +32,12 @@ PAGE = (ROOT / "docs" / "launching.md").read_text()
 NAME = "early_learning_theory"
 PRESET = f"configs/{NAME}/default.py"
 STUDY = theory.Distillation(replicas=2, validated=4, examples=4)
-GRID = {"study.steps": (2, 3, 4), "seed": (0, 1, 2, 3)}
-POINTS = configs.grid(theory.Config(study=STUDY), GRID)
-SWEEP = [
+POINTS = configs.grid(theory.Config(study=STUDY), {"seed": range(12)})
+SMALL = [
     *("sweep", NAME, PRESET, "--study", "distillation", "--study.replicas", "2"),
-    *("--study.validated", "4", "--study.examples", "4"),
-    *("--study.steps", "2", "3", "4", "--seed", "0", "1", "2", "3"),
+    *("--study.validated", "4", "--study.examples", "4", "--seed"),
 ]
+SWEEP = [*SMALL, *map(str, range(12))]
 
 
 @pytest.fixture(autouse=True)
@@ -72,8 +71,8 @@ def began(home: Path) -> list[set[str]]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a worker through /proc")
 def test_a_killed_worker_takes_no_other_with_it(tmp_path: Path, capsys: Any) -> None:
-    home, command = tmp_path / NAME, [*SWEEP, "--runs", str(tmp_path), "--workers", "2"]
-    cut = launch.units(POINTS, 2)
+    home, command = tmp_path / NAME, [*SWEEP, "--runs", str(tmp_path), "--workers", "3"]
+    cut = launch.units(POINTS, 3)
     victim, over, killed = cut[0], threading.Event(), []
     killer = threading.Thread(target=kill_who_takes, args=(victim, home, over, killed))
     killer.start()
@@ -99,17 +98,16 @@ def test_a_killed_worker_takes_no_other_with_it(tmp_path: Path, capsys: Any) -> 
     assert len(list(sorted(home.glob("launches/*"))[1].glob("*_submitted.pkl"))) == 1
 
     assert cli.main(command) == 0 and len(began(home)) == 2  # nothing is left to launch
-    for group in configs.group(POINTS):
-        for point, table in zip(group, theory.sweep(group), strict=True):
-            found = record.read(home / configs.fingerprint(point))
-            for name, values in table.rows.items():
-                np.testing.assert_array_equal(found.rows[name].to_numpy(), values)
-            for name, values in table.arrays.items():
-                np.testing.assert_array_equal(found.arrays[name], values)
+    for point, table in zip(POINTS, theory.sweep(POINTS), strict=True):
+        found = record.read(home / configs.fingerprint(point))
+        for name, values in table.rows.items():
+            np.testing.assert_array_equal(found.rows[name].to_numpy(), values)
+        for name, values in table.arrays.items():
+            np.testing.assert_array_equal(found.arrays[name], values)
 
 
 def test_an_error_in_a_unit_is_told_with_its_log(tmp_path: Path, capsys: Any) -> None:
-    one = [*SWEEP[: SWEEP.index("--study.steps")], "--study.steps", "2", "--seed", "0"]
+    one = [*SMALL, "0"]
     wrong = ["--workers", "3", "--mesh", "7", "1", "1"]
     assert cli.main([*one, "--runs", str(tmp_path), *wrong]) == 1
     said = capsys.readouterr().err
@@ -172,18 +170,16 @@ def test_two_processes_do_not_compute_one_point(tmp_path: Path) -> None:
     [(0, [4, 4, 4]), (2, [4, 4, 4]), (4, [2] * 6), (6, [2] * 6), (12, [1] * 12)],
 )
 def test_units_are_equal_parts_of_programs(workers: int, sizes: list[int]) -> None:
-    found = launch.units(POINTS, workers)
+    grid = {"study.steps": (2, 3, 4), "seed": (0, 1, 2, 3)}
+    points = configs.grid(theory.Config(study=STUDY), grid)
+    found = launch.units(points, workers)
     assert [len(unit) for unit in found] == sizes
-    assert sorted(map(configs.fingerprint, sum(found, ()))) == sorted(
-        map(configs.fingerprint, POINTS)
-    )
+    assert set(sum(found, ())) == set(points) and len(sum(found, ())) == len(points)
     assert all(len(configs.group(unit)) == 1 for unit in found)
-    assert found == launch.units(POINTS, workers)
 
 
 def test_one_program_is_cut_for_its_workers() -> None:
-    one = configs.grid(theory.Config(study=STUDY), {"seed": range(12)})
-    assert [len(unit) for unit in launch.units(one, 5)] == [2, 2, 3, 2, 3]
+    assert [len(unit) for unit in launch.units(POINTS, 5)] == [2, 2, 3, 2, 3]
 
 
 def test_workers_share_the_machine(monkeypatch: Any) -> None:
@@ -262,9 +258,8 @@ def slurm(tmp_path: Path, monkeypatch: Any) -> Path:
 
 
 def test_slurm_has_a_job_for_each_program(slurm: Path, capsys: Any) -> None:
-    one = [*SWEEP[: SWEEP.index("--study.steps")], "--study.steps", "2", "--seed", "0", "1"]
     home, flags = slurm / "runs" / NAME, ("partition=gpu", "gpus_per_node=4", "timeout_min=7")
-    command = [*one, "--runs", str(slurm / "runs"), "--slurm", *flags]
+    command = [*SMALL, "0", "1", "--runs", str(slurm / "runs"), "--slurm", *flags]
     assert cli.main([*command, "partitoin=cpu"]) == 2
     assert "Unknown argument 'partitoin'" in capsys.readouterr().err
     assert cli.main(command) == 0
@@ -281,6 +276,11 @@ def test_slurm_has_a_job_for_each_program(slurm: Path, capsys: Any) -> None:
     assert cli.main(command) == 1
     assert "job 77 of an earlier command is queued or running" in capsys.readouterr().err
     assert len(list(home.glob("launches/*"))) == 1
+
+
+def test_a_job_whose_time_is_up_is_queued_again_as_it_was() -> None:
+    again = worker.work.checkpoint("name", [POINTS[:1]])  # what submitit asks for
+    assert again.function is worker.work and again.args == ("name", [POINTS[:1]])
 
 
 def test_a_process_for_a_node_has_all_its_gpus() -> None:
