@@ -199,6 +199,11 @@ def _check(
     revision: Revision | None,
 ) -> None:
     k = len(state.step)
+    if hosts.count() != jax.process_count():
+        raise RuntimeError(
+            f"jax has {jax.process_count()} processes and dynamics.hosts finds {hosts.count()}: "
+            "this jax keeps them elsewhere; use one below 0.13"
+        )
     if revision is not None and stream.host is not None:
         raise ValueError(
             f"revision {revision.name!r} needs data that lie on the device, this stream reads them "

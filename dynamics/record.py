@@ -162,13 +162,17 @@ def _begun_group(folder: Path, points: Sequence[str], missing: Sequence[str]) ->
 
 
 def _remove_finished_groups(folder: Path) -> None:
-    """Remove the directories of groups all of whose points are stored."""
+    """Remove the directories of groups all of whose points are stored.
+
+    So does any other process that stores points there, at the same time.
+    """
     for group in folder.glob(GROUP + "*"):
-        if not (group / "config.json").is_file():
+        try:
+            points = json.loads((group / "config.json").read_text())
+        except FileNotFoundError:
             continue
-        points = json.loads((group / "config.json").read_text())
         if all((folder / configs.fingerprint(p) / "done.json").is_file() for p in points):
-            shutil.rmtree(group)
+            shutil.rmtree(group, ignore_errors=True)
 
 
 def _table(run: Run) -> Table:
