@@ -4,7 +4,7 @@ JAX ?= cuda13
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: figure test slow bench gpu check clean
+.PHONY: figure test slow bench gpu faults check clean
 
 figure: $(VENV)/.figures  ## the Data Diet figure from real digits, with its claims
 	$(BIN)/python -m experiments data_diet configs/data_diet/digits.py
@@ -24,6 +24,9 @@ gpu: $(VENV)/.tests  ## all that wants an accelerator; jax for it is installed f
 	$(BIN)/python -m benchmarks resnet_training populations grand_resnet grand_transformer
 	-JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest
 	$(BIN)/python -m experiments data_diet configs/data_diet/cifar10.py
+
+faults: $(VENV)/.tests  ## 204 faults (kills, full disks, flipped bits ...) on a run that must survive them
+	$(BIN)/python tests/faults.py --rounds 204
 
 check: $(VENV)/.tests  ## format, lint, types
 	$(BIN)/ruff format
