@@ -10,7 +10,9 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,29 +64,36 @@ class Checkpoints:
         return sorted(int(p.name) for p in self.root.iterdir() if p.name.isdigit())
 
     def save(self, step: int, tree: PyTree, note: Any = None) -> None:
-        """Write ``tree`` and the JSON value ``note`` in the background."""
+        """Write ``tree`` and the JSON value ``note`` in the background.
+
+        CheckpointError, here or in what is called next: they can't be written.
+        """
         self.wait()
         leaves, note = _leaves(tree), {"note": note, "leaves": _describe(_leaves(tree))}
-        if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False)
-            self._manager = ocp.CheckpointManager(self.root, options=options)
         args = ocp.args.Composite(tree=ocp.args.StandardSave(leaves), note=ocp.args.JsonSave(note))
-        self._manager.save(step, args=args, force=True)
+        with self._writing(step):
+            if self._manager is None:
+                options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False)
+                self._manager = ocp.CheckpointManager(self.root, options=options)
+            self._manager.save(step, args=args, force=True)
         self._sealed = self._thread.submit(self._seal, step)
 
     def wait(self) -> None:
         """Return when everything saved is on the disk and hashed."""
         if self._sealed is not None:
-            self._sealed.result()
-            self._sealed = None
+            sealed, self._sealed = self._sealed, None  # what went wrong is said once
+            sealed.result()
 
     def close(self) -> None:
         """Wait, and end the background work."""
-        self.wait()
-        self._thread.shutdown()
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if self._manager is not None:
+                manager, self._manager = self._manager, None
+                with suppress(Exception):  # it only says again what wait() has said
+                    manager.close()
 
     def restore(self, like: PyTree, step: int | None = None) -> tuple[PyTree, Any] | None:
         """The newest intact checkpoint as a tree like ``like``, and its note.
@@ -180,11 +189,27 @@ class Checkpoints:
     def _seal(self, step: int) -> None:
         """Hash a checkpoint once orbax has committed it; drop the hashes of removed ones."""
         assert self._manager is not None
-        self._manager.wait_until_finished()
-        if not hosts.is_first():
-            return
-        write(self.sums / f"{step}.json", json.dumps(_hashes(self.root / str(step)), indent=1))
-        self._forget_removed()
+        with self._writing(step):
+            self._manager.wait_until_finished()
+            if not hosts.is_first():
+                return
+            write(self.sums / f"{step}.json", json.dumps(_hashes(self.root / str(step)), indent=1))
+            self._forget_removed()
+
+    @contextmanager
+    def _writing(self, step: int) -> Iterator[None]:
+        """CheckpointError for whatever orbax lets through: a full disk comes in many types."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            why = why if len(why) < 200 else f"{why[:60]} ... {why[-130:]}"  # the cause comes last
+            raise CheckpointError(
+                f"checkpoint {step} can't be written to {self.root} ({why}): see to the space and "
+                "the permissions there and start again, which goes on from the newest checkpoint"
+            ) from error
 
     def _set_aside(self, step: int, damage: str) -> None:
         self._damaged.mkdir(exist_ok=True)

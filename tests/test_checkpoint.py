@@ -198,6 +198,20 @@ def test_another_shape_type_or_name_is_an_error(run: Path, change: Any, message:
     assert not (run / "damaged").exists()
 
 
+@pytest.mark.parametrize("where", ["checkpoints", "checksums"])
+def test_what_can_not_be_written_is_one_error(tmp_path: Path, where: str) -> None:
+    """Said once: ending the background work after it neither says it again nor hangs."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(0, {"x": jnp.ones(3)}, None)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / where)
+    (tmp_path / where).write_bytes(b"")  # no directory can be made there, nor a file in it
+    with pytest.raises(CheckpointError, match=f"checkpoint 5 can't be .*{tmp_path}.*start again"):
+        checkpoints.save(5, {"x": jnp.ones(3)}, None)
+        checkpoints.wait()
+    checkpoints.close()
+
+
 def test_the_saved_bits_are_those_of_the_moment(tmp_path: Path) -> None:
     """Saving is asynchronous and the state is donated to the next step at once."""
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
