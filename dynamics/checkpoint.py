@@ -73,7 +73,11 @@ class Checkpoints:
         args = ocp.args.Composite(tree=ocp.args.StandardSave(leaves), note=ocp.args.JsonSave(note))
         with self._writing(step):
             if self._manager is None:
-                options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=False)
+                # made in the background, a directory that can't be made is waited for ten minutes
+                now = ocp.AsyncOptions(create_directories_asynchronously=False)
+                options = ocp.CheckpointManagerOptions(
+                    max_to_keep=self._keep, create=False, async_options=now
+                )
                 self._manager = ocp.CheckpointManager(self.root, options=options)
             self._manager.save(step, args=args, force=True)
         self._sealed = self._thread.submit(self._seal, step)

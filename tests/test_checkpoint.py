@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,8 @@ def test_what_can_not_be_written_is_one_error(tmp_path: Path, where: str) -> Non
         checkpoints.save(5, {"x": jnp.ones(3)}, None)
         checkpoints.wait()
     checkpoints.close()
+    left = [thread for thread in threading.enumerate() if not thread.daemon]
+    assert left == [threading.main_thread()]  # another one would be waited for at the exit
 
 
 def test_the_saved_bits_are_those_of_the_moment(tmp_path: Path) -> None:
