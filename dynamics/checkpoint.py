@@ -27,6 +27,7 @@ from dynamics.types import PyTree
 log = logging.getLogger(__name__)
 
 UNSEALED = "it has no checksum"
+PENDING = "null"  # in place of the checksums until the checkpoint is whole and hashed
 
 
 class CheckpointError(Exception):
@@ -52,7 +53,12 @@ class Checkpoints:
         self.sums.mkdir(exist_ok=True)
         for left in self.root.glob("*.orbax-checkpoint-tmp*"):  # of a killed process
             shutil.rmtree(left)
-        self._forget_removed()
+        for seal in self.sums.glob("*.json"):
+            if seal.read_bytes() == PENDING.encode():  # its content is not known to be good
+                shutil.rmtree(self.root / seal.stem, ignore_errors=True)
+                seal.unlink()
+            elif self.steps() and not (self.root / seal.stem).exists():
+                seal.unlink()
 
     def _forget_removed(self) -> None:
         for seal in self.sums.glob("*.json"):
@@ -79,6 +85,8 @@ class Checkpoints:
                     max_to_keep=self._keep, create=False, async_options=now
                 )
                 self._manager = ocp.CheckpointManager(self.root, options=options)
+            if hosts.is_first() and not (self.sums / f"{step}.json").exists():
+                write(self.sums / f"{step}.json", PENDING)
             self._manager.save(step, args=args, force=True)
         self._sealed = self._thread.submit(self._seal, step)
 
@@ -146,7 +154,8 @@ class Checkpoints:
                     self._set_aside(newer, UNSEALED)
                 return at, [], found
         aside = self._damaged.iterdir() if self._damaged.exists() else ()
-        return None, unsealed, found or sorted({int(p.name.split(".")[0]) for p in aside})
+        made = {int(p.name.split(".")[0]) for p in [*aside, *self.sums.glob("*.json")]}
+        return None, unsealed, sorted({*found, *made})
 
     def _check(self, step: int) -> None:
         if step not in self.steps():

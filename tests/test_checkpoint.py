@@ -177,6 +177,30 @@ def test_killed_between_the_first_commit_and_its_hash(run: Path, caplog: Any) ->
     assert "checkpoint 10 has no checksum, its content is not verified" in caplog.text
 
 
+def test_killed_before_its_hash_it_was_never_committed(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happened to its files in between is unknown: it is not trusted, even as the only one."""
+    for folder in (run, run.with_name("first")):
+        checkpoints = Checkpoints(folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(Checkpoints, "_seal", lambda self, step: None)
+            checkpoints.save(15, tree(15), {"rows": 15})
+            checkpoints.close()
+        assert 15 in checkpoints.steps()
+        flip_a_bit(folder / "checkpoints" / "15")
+    assert_step(Checkpoints(run).restore(tree(0)), 10)
+    assert Checkpoints(run.with_name("first")).restore(tree(0)) is None
+
+
+def test_checkpoints_that_are_gone_are_no_fresh_start(run: Path) -> None:
+    for step in (run / "checkpoints").iterdir():
+        shutil.rmtree(step)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints \[0, 5, 10\] in"):
+            Checkpoints(run).restore(tree(0))
+
+
 def test_what_a_killed_save_leaves_is_removed(run: Path) -> None:
     left = run / "checkpoints" / "15.orbax-checkpoint-tmp"
     (left / "tree").mkdir(parents=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from processes import EVERY, start, trained
 
-from dynamics.checkpoint import Checkpoints
+from dynamics.checkpoint import PENDING, Checkpoints
 from dynamics.hosts import LOST
 
 STEPS = 200
@@ -17,7 +17,8 @@ LIMIT = 120  # seconds; a run that takes longer hangs
 
 
 def saved(folder: Path) -> list[int]:
-    return sorted(int(p.stem) for p in folder.glob("*/checksums/*.json"))
+    seals = folder.glob("*/checksums/*.json")
+    return sorted(int(seal.stem) for seal in seals if seal.read_text() != PENDING)
 
 
 def log(folder: Path, process: int) -> str:
