@@ -3,14 +3,17 @@
 ::
 
     <folder>/<fingerprint>/  config.json  provenance.json
-                             rows.jsonl (live) -> rows.parquet (finished)
+                             rows.jsonl, sums.jsonl (live) -> rows.parquet (finished)
                              arrays/<name>.npz  checkpoints/  checksums/  done.json
 
 Everything but the live rows is written under a temporary name and renamed, so a directory is
-readable whatever happened to the process that wrote it. ``done.json`` is written last.
+readable whatever happened to the process that wrote it. ``done.json`` is written last. What is read
+is what was written or a RecordError: ``sums.jsonl`` vouches for the live rows, ``provenance.json``
+for itself and the config, ``done.json`` for the final rows, and an array's file for the array.
 """
 
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -19,7 +22,10 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +35,7 @@ import polars as pl
 from dynamics import config as configs
 from dynamics import hosts
 
+AGAIN = "restore it from a copy, or remove the run directory to compute it again"
 GROUP = "group-"  # begins the name of a directory in which several points are computed
 PACKAGES = ("training-dynamics", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -61,26 +68,18 @@ class Run(NamedTuple):
 def read(path: Path | str) -> Run:
     """A run directory, finished or not; a last half-written row is dropped.
 
-    RecordError: no run there.
+    RecordError: no run there, or one that was damaged.
     """
     path = Path(path)
     for name in ("config.json", "provenance.json"):
         if not (path / name).is_file():
             raise RecordError(f"{path} holds no run: it has no {name}")
     done = (path / "done.json").is_file()
-    if done:
-        rows = pl.read_parquet(path / "rows.parquet")
-    else:
-        rows = pl.DataFrame(_columns(_live_rows(path)))
-    return Run(
-        path=path,
-        fingerprint=path.name,
-        config=json.loads((path / "config.json").read_text()),
-        provenance=json.loads((path / "provenance.json").read_text()),
-        rows=rows,
-        arrays=_read_arrays(path, _done_arrays(path) if done else None),
-        done=done,
-    )
+    with _reading(path):
+        config, provenance = _asked(path)
+        rows, names = _done(path) if done else _live(path)
+        table = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(_columns(rows))
+        return Run(path, path.name, config, provenance, table, _read_arrays(path, names), done)
 
 
 def runs(root: Path | str, experiment: str) -> list[Path]:
@@ -154,8 +153,12 @@ def _stored(home: Path) -> Table:
 
 def _begun_group(folder: Path, points: Sequence[str], missing: Sequence[str]) -> list[str]:
     """The points, in its order, of a killed group that all missing ones were computed in."""
-    for group in sorted(folder.glob(GROUP + "*/config.json")):
-        names = [configs.fingerprint(point) for point in json.loads(group.read_text())]
+    for group in sorted(folder.glob(GROUP + "*/provenance.json")):
+        if not (group.parent / "config.json").is_file():
+            raise RecordError(f"{group.parent} has lost its config.json: {AGAIN}")
+        with _reading(group.parent):
+            found = _asked(group.parent)[0]
+        names = [configs.fingerprint(point) for point in found]
         if set(missing) <= set(names) <= set(points):
             return names
     return []
@@ -168,10 +171,13 @@ def _remove_finished_groups(folder: Path) -> None:
     """
     for group in folder.glob(GROUP + "*"):
         try:
-            points = json.loads((group / "config.json").read_text())
+            text = (group / "config.json").read_text()
         except FileNotFoundError:
             continue
+        with _reading(group):
+            points = json.loads(text)
         if all((folder / configs.fingerprint(p) / "done.json").is_file() for p in points):
+            (group / "provenance.json").unlink(missing_ok=True)  # first: what is left is no group
             shutil.rmtree(group, ignore_errors=True)
 
 
@@ -189,7 +195,8 @@ def _same_data(home: Path, about: Mapping[str, Any]) -> None:
     """RecordError if a run was begun or finished on other data than those at hand."""
     if not (home / "provenance.json").is_file():
         return
-    then = json.loads((home / "provenance.json").read_text()).get("data")
+    with _reading(home):
+        then = json.loads((home / "provenance.json").read_text()).get("data")
     if then != about.get("data"):
         raise RecordError(
             f"{home} was computed on other data (hash {then}, now {about.get('data')}): "
@@ -203,25 +210,38 @@ class Recorder:
     def __init__(self, path: Path | str, config: Any, about: Mapping[str, Any] | None = None):
         """Opens or makes the directory; what a killed process left half-written is removed.
 
-        One run at a time may write a directory. RecordError: it holds another config's run.
+        One run at a time may write a directory. RecordError: it holds another config's run, or
+        can't be written.
         """
         self.path, self._config, self._about = Path(path), config, about
-        self._rows = self.path / "rows.jsonl"
+        self._rows, self._sums = self.path / "rows.jsonl", self.path / "sums.jsonl"
+        self._end: int | None = None  # of the live rows that are vouched for
         hosts.once(self._open)
 
     def _open(self) -> None:
+        finished = (self.path / "rows.parquet").exists() and not self._rows.exists()
+        if finished and not (self.path / "done.json").exists():
+            raise RecordError(f"{self.path} was finished and has lost its done.json: {AGAIN}")
+        with _writing(self.path):
+            (self.path / "arrays").mkdir(parents=True, exist_ok=True)
+            for left in self.path.rglob(".*.tmp"):
+                left.unlink()
         text = configs.to_json(self._config)
-        (self.path / "arrays").mkdir(parents=True, exist_ok=True)
-        for left in self.path.rglob(".*.tmp"):
-            left.unlink()
-        if (self.path / "config.json").is_file():
-            if (self.path / "config.json").read_text() != text:
-                raise RecordError(f"{self.path} holds a run of another config: give another folder")
+        if not (self.path / "config.json").is_file():
+            with _writing(self.path):
+                self._rows.touch()
+                self._sums.touch()
+        elif (self.path / "config.json").read_bytes() != text.encode():
+            raise RecordError(
+                f"{self.path} holds a run of another config, or its config.json was changed: "
+                "give another folder"
+            )
+        if self._sums.is_file():  # drop the half line of a killed process
+            os.truncate(self._sums, self._sums.read_bytes().rfind(b"\n") + 1)
         write(self.path / "config.json", text)
-        write(self.path / "provenance.json", json.dumps(provenance(self._about or {}), indent=1))
-        if self._rows.is_file():  # drop the half row of a killed process
-            content = self._rows.read_bytes()
-            os.truncate(self._rows, content.rfind(b"\n") + 1)
+        made = json.loads(json.dumps(provenance(self._about or {})))
+        made |= {"sums": {"config": _hash(text.encode()), "this": _hash(json.dumps(made).encode())}}
+        write(self.path / "provenance.json", json.dumps(made, indent=1))
 
     def stage(self, name: str) -> "Recorder":
         """A directory in this one for a part of the run, which goes when the run is finished."""
@@ -234,19 +254,30 @@ class Recorder:
         texts = [_texts(np.asarray(values)) for values in columns.values()]
         names = [json.dumps(name).replace("%", "%%") for name in columns]
         line = "{" + ", ".join(f"{name}: %s" for name in names) + "}\n"
-        with self._rows.open("a") as f:
-            f.write("".join([line % row for row in zip(*texts, strict=True)]))
+        data = "".join([line % row for row in zip(*texts, strict=True)]).encode()
+        end = self._end
+        if end is None or end != self._rows.stat().st_size:  # drop what a killed process left
+            end = self._vouched()[-1][0]
+            os.truncate(self._rows, end)
+        with _writing(self._rows), self._rows.open("ab") as f:
+            f.write(data)
+        self._vouch([end + len(data), zlib.crc32(data)])
+        self._end = end + len(data)
 
     def position(self) -> int:
         """The bytes of live rows that are safely on the disk."""
         if not hosts.is_first():
             return 0
-        with self._rows.open("ab") as f:
-            os.fsync(f.fileno())
-            return f.tell()
+        for file in (self._sums, self._rows):
+            with _writing(file), file.open("ab") as f:
+                os.fsync(f.fileno())
+        return self._rows.stat().st_size
 
     def rewind(self, position: int) -> list[dict[str, Any]]:
-        """Drop the live rows past ``position``; returns the rest. RecordError: fewer are there."""
+        """Drop the live rows past ``position``; returns the rest.
+
+        RecordError: fewer are there, or others than were written.
+        """
         return hosts.once(self._rewind, position)
 
     def _rewind(self, position: int) -> list[dict[str, Any]]:
@@ -258,21 +289,45 @@ class Recorder:
                 f"{self._rows} has {size} bytes, the checkpoint was made with {position}: "
                 "rows were lost; remove the run directory to start over"
             )
-        if self._rows.exists():
+        kept = [sums for sums in self._vouched() if sums[0] <= position] if position else []
+        if position and kept[-1][0] != position:
+            raise RecordError(f"{self._sums} has lost what vouches for the rows: {AGAIN}")
+        arrays = _sums(self.path)[1] if position else []
+        lines = [json.dumps(sums) + "\n" for sums in [*kept[1:], *arrays]]
+        write(self._sums, "".join(lines))  # first: rows that nothing vouches for are dropped
+        with _writing(self._rows):
+            self._rows.touch()
             os.truncate(self._rows, position)
-        return _live_rows(self.path)
+        self._end = position
+        with _reading(self.path):
+            return _live(self.path)[0]
+
+    def _vouched(self) -> list[list[int]]:
+        with _reading(self.path):
+            return [[0, 0], *_sums(self.path)[0]]
+
+    def _vouch(self, what: Any) -> None:
+        with _writing(self._sums), self._sums.open("ab") as f:
+            f.write(json.dumps(what).encode() + b"\n")
 
     def array(self, name: str, value: np.ndarray) -> None:
         """One array, readable from the moment this returns."""
         if not hosts.is_first():
             return
         buffer = io.BytesIO()
-        np.savez(buffer, value=value)
+        with zipfile.ZipFile(buffer, "w") as file:  # as numpy does, but dated 1980 by any clock
+            with file.open(zipfile.ZipInfo("value.npy"), "w", force_zip64=True) as f:
+                np.lib.format.write_array(f, np.asanyarray(value), allow_pickle=False)
         write(self.path / "arrays" / f"{name}.npz", buffer.getvalue())
+        self._vouch(name)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays stored so far."""
-        return hosts.once(_read_arrays, self.path)
+        return hosts.once(self._arrays)
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        with _reading(self.path):
+            return _read_arrays(self.path, set(_sums(self.path)[1]))
 
     def finish(self, table: Table) -> None:
         """Store the final table and mark the directory done; the live rows give way to it."""
@@ -285,8 +340,10 @@ class Recorder:
         pl.DataFrame(table.rows).write_parquet(buffer)
         write(self.path / "rows.parquet", buffer.getvalue())
         done = {"finished": _now(), "arrays": sorted(table.arrays)}
+        done |= {"rows": _hash(buffer.getvalue())}
         write(self.path / "done.json", json.dumps(done))
         self._rows.unlink(missing_ok=True)
+        self._sums.unlink(missing_ok=True)
         for stored in (self.path / "arrays").glob("*.npz"):
             if stored.stem not in table.arrays:
                 stored.unlink()
@@ -294,14 +351,15 @@ class Recorder:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """A whole file or none: a temporary name, then rename."""
+    """A whole file or none: a temporary name, then rename. RecordError: it can't be written."""
     data = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    with _writing(path):
+        with temporary.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
 
 
 def export(
@@ -368,13 +426,78 @@ def _texts(values: np.ndarray) -> list[str]:
     return [json.dumps(value) for value in values.tolist()]
 
 
-def _live_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of rows.jsonl."""
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """RecordError for a full disk or a missing permission, which often don't say where."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordError(
+            f"{path} can't be written ({error.strerror}): see to the space and the permissions "
+            "there and start again"
+        ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """RecordError for whatever the readers of the formats say to damaged files."""
+    try:
+        yield
+    except (RecordError, PermissionError):
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {str(error)[:200]}"
+        raise RecordError(f"{path} is damaged ({why}): {AGAIN}") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _check(path: Path, same: bool) -> None:
+    if not same:
+        raise RecordError(f"{path} was changed after it was written: {AGAIN}")
+
+
+def _asked(path: Path) -> tuple[Any, dict[str, Any]]:
+    """The config and the provenance, as they were written."""
+    config, made = (path / "config.json").read_bytes(), path / "provenance.json"
+    provenance = json.loads(made.read_text())
+    sums = provenance.pop("sums", None)
+    if sums is not None:  # runs of earlier versions have none
+        _check(made, sums["this"] == _hash(json.dumps(provenance).encode()))
+        _check(path / "config.json", sums["config"] == _hash(config))
+    return json.loads(config), provenance
+
+
+def _sums(path: Path) -> tuple[list[list[int]], list[str]]:
+    """What vouches for live rows, [the byte after them, their CRC-32] each; the arrays stored."""
+    if not (path / "sums.jsonl").is_file():
+        raise RecordError(f"{path} has lost its sums.jsonl: {AGAIN}")
+    lines = (path / "sums.jsonl").read_bytes().split(b"\n")[:-1]  # the last one may be half a line
+    found = [json.loads(line) for line in lines]
+    rows = [line for line in found if isinstance(line, list)]
+    return rows, list(dict.fromkeys(line for line in found if isinstance(line, str)))
+
+
+def _live(path: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """The rows so far, and the names of the arrays; what comes after them was not completed."""
+    sums, arrays = _sums(path)
     file = path / "rows.jsonl"
     if not file.is_file():
-        return []
-    lines = file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is half a row
-    return [json.loads(line) for line in lines]
+        raise RecordError(f"{path} has lost its rows.jsonl: {AGAIN}")
+    content, start = file.read_bytes(), 0
+    for end, crc in sums:
+        _check(file, len(content) >= end and zlib.crc32(content[start:end]) == crc)
+        start = end
+    return [json.loads(line) for line in content[:start].splitlines()], set(arrays)
+
+
+def _done(path: Path) -> tuple[pl.DataFrame, set[str]]:
+    """The final rows, and the names of the arrays; a killed process may have left others."""
+    done, rows = json.loads((path / "done.json").read_text()), (path / "rows.parquet").read_bytes()
+    _check(path / "rows.parquet", done.get("rows", _hash(rows)) == _hash(rows))
+    return pl.read_parquet(io.BytesIO(rows)), set(done["arrays"])
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -387,17 +510,15 @@ def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     }
 
 
-def _done_arrays(path: Path) -> set[str]:
-    """The names of the arrays a finished run has; a killed process may have left others."""
-    return set(json.loads((path / "done.json").read_text())["arrays"])
-
-
-def _read_arrays(path: Path, names: set[str] | None = None) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, names: set[str]) -> dict[str, np.ndarray]:
     out = {}
-    for file in sorted((path / "arrays").glob("*.npz")):
-        if names is None or file.stem in names:
-            with np.load(file) as stored:
-                out[file.stem] = stored["value"]
+    for name in sorted(names):
+        file = path / "arrays" / f"{name}.npz"
+        if not file.is_file():
+            raise RecordError(f"{path} has lost its arrays/{file.name}: {AGAIN}")
+        with _reading(file), zipfile.ZipFile(file) as stored:
+            value = stored.read("value.npy")  # the whole of it, so that its CRC-32 is compared
+            out[name] = np.lib.format.read_array(io.BytesIO(value))
     return out
 
 

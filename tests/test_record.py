@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -185,6 +187,91 @@ def test_no_run(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(RecordError, match="no config.json"):
             read(path)
+
+
+# ---- damage: an error, or what was written ------------------------------------------------------
+
+
+def flip_each_byte(file: Path) -> Iterator[None]:
+    """One bit of about fifty bytes over the file, one at a time; then truncated, then gone."""
+    content = file.read_bytes()
+    for at in range(0, len(content), max(1, len(content) // 50)):
+        changed = bytearray(content)
+        changed[at] ^= 1 << at % 8
+        file.write_bytes(changed)
+        yield
+    file.write_bytes(content[: len(content) // 2])
+    yield
+    file.unlink()
+    yield
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["live", "finished"])
+def test_damage_is_never_read_as_data(tmp_path: Path, finished: bool) -> None:
+    recorder = Recorder(tmp_path / "run", Point(), {"data": "d1"})
+    recorder.append(COLUMNS)
+    recorder.append(COLUMNS)
+    recorder.array("a", np.arange(5))
+    if finished:
+        recorder.finish(TABLE)
+    whole, refused = read(recorder.path), 0
+    for file in [p for p in recorder.path.rglob("*") if p.is_file()]:
+        for _ in flip_each_byte(file):
+            try:
+                found = read(recorder.path)
+            except RecordError as error:
+                assert str(recorder.path) in str(error)
+                refused += 1
+                continue
+            if found.done != finished or (file.name == "sums.jsonl" and len(found.rows) < 6):
+                continue  # the first rows of a run that goes on
+            assert found.config == whole.config and found.provenance["data"] == "d1"
+            assert found.rows.equals(whole.rows, null_equal=True), file
+            if file.name != "sums.jsonl":
+                assert found.arrays.keys() == whole.arrays.keys(), file
+            for name, value in found.arrays.items():
+                assert value.tobytes() == whole.arrays[name].tobytes(), file
+    assert refused > 100
+
+
+def test_damaged_rows_are_not_continued(recorder: Recorder) -> None:
+    recorder.append({"step": np.array([11, 12])})
+    position = recorder.position()
+    recorder.append({"step": np.array([13])})
+    recorder.array("a", np.zeros(2))
+    rows = (recorder.path / "rows.jsonl").read_bytes()
+    (recorder.path / "rows.jsonl").write_bytes(rows.replace(b"13", b"14"))
+    assert recorder.rewind(position) == [{"step": 11}, {"step": 12}]  # it was to go in any case
+    (recorder.path / "rows.jsonl").write_bytes(rows[:position].replace(b"12", b"13"))
+    with pytest.raises(RecordError, match="rows.jsonl was changed after it was written: restore"):
+        Recorder(recorder.path, Point()).rewind(position)
+    (recorder.path / "arrays" / "a.npz").unlink()
+    with pytest.raises(RecordError, match="has lost its arrays/a.npz: restore"):
+        recorder.arrays()
+
+
+def test_a_result_without_its_mark_is_not_computed_again(recorder: Recorder) -> None:
+    recorder.finish(TABLE)
+    (recorder.path / "done.json").unlink()
+    with pytest.raises(RecordError, match="was finished and has lost its done.json: restore"):
+        Recorder(recorder.path, Point())
+
+
+def test_what_can_not_be_written_says_where_and_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RecordError, match=r"file/a.json can't be written \(Not a dir.*start again"):
+        write(tmp_path / "file" / "a.json", "text")
+
+
+def test_arrays_by_a_clock_that_was_reset(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The zip format knows no time before 1980, and a machine without a clock starts in 1970."""
+    real = time.localtime
+    monkeypatch.setattr(time, "localtime", lambda at=None: real(0))
+    recorder.array("a", np.arange(3))
+    np.testing.assert_array_equal(recorder.arrays()["a"], np.arange(3))
 
 
 # ---- whole files or none ------------------------------------------------------------------------
