@@ -151,10 +151,14 @@ def move_clock(jumps: list[tuple[float, float]]) -> None:
 SERVER = multiprocessing.get_context("forkserver")  # jax is imported once, not in each process
 
 
+def log(folder: Path) -> Path:
+    """Where a run's process says what it says: not on a disk that may be full."""
+    return folder.parent.with_suffix(".said")
+
+
 def start(folder: Path, points: Sequence[str], limit: int = 0, jumps: Any = ()) -> BaseProcess:
-    said = folder.with_name("said")
-    said.unlink(missing_ok=True)
-    process = SERVER.Process(target=child, args=(folder, points, said, limit, list(jumps)))
+    log(folder).write_bytes(b"")
+    process = SERVER.Process(target=child, args=(folder, points, log(folder), limit, list(jumps)))
     process.start()
     return process
 
@@ -165,9 +169,8 @@ def ended(process: BaseProcess, folder: Path) -> tuple[int, str]:
     if process.exitcode is None:
         process.kill()
         process.join()
-        raise Wrong("hang", folder.with_name("said").read_text()[-2000:])
-    said = folder.with_name("said")
-    return process.exitcode, said.read_text(errors="replace") if said.exists() else ""
+        raise Wrong("hang", log(folder).read_text()[-2000:])
+    return process.exitcode, log(folder).read_text(errors="replace")
 
 
 # ---- what a run left ----------------------------------------------------------------------------
@@ -393,7 +396,7 @@ def again(folder: Path, points: Any, calm: Path, begun: bool, error: str) -> tup
 
 def undisturbed(calm: Path) -> None:
     """Every case once; compiled programs are cached from here on."""
-    calm.mkdir()
+    calm.mkdir(parents=True)
     for points in CASES:
         status, said = ended(start(calm, points), calm)
         if status:
@@ -436,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     SERVER.set_forkserver_preload(["tiny", "dynamics.fit", "dynamics.probes", "dynamics.scores"])
     found: list[Outcome] = []
     with tempfile.TemporaryDirectory() as where, ThreadPoolExecutor(args.at_once) as pool:
-        undisturbed(calm := Path(where, "calm"))
+        undisturbed(calm := Path(where, "calm", "runs"))
 
         def play(number: int) -> Outcome:
             return one(number, kinds[number % len(kinds)], args.seed, calm, Path(where))
@@ -455,6 +458,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))  # this project, whatever is installed
     import conftest  # noqa: F401  (the environment the tests run in)
 
     sys.exit(main())
