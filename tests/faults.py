@@ -78,7 +78,7 @@ def child(folder: Path, points: Sequence[str], said: Path, limit: int, jumps: li
     logging.getLogger("dynamics").setLevel(logging.INFO)
     obey_permissions()
     if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if jumps:
         move_clock(jumps)
     import tiny
@@ -104,7 +104,10 @@ def child(folder: Path, points: Sequence[str], said: Path, limit: int, jumps: li
             tables.append(record.Table(rows, {n: x[chosen] for n, x in arrays.items()}))
         return tables
 
-    record.completed(folder, points, compute, {"data": "made up"})
+    try:
+        record.completed(folder, points, compute, {"data": "made up"})
+    finally:  # what it ends with can be said
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
 
 
 def obey_permissions() -> None:
@@ -351,9 +354,10 @@ def one(number: int, kind: str, seed: int, calm: Path, where: Path) -> Outcome:
                 for path in of_points(calm, points):
                     shutil.copytree(path, folder / path.name)
             else:
-                status, said = hit(kind, at, folder, points, chance)
-                error = clear_error(said, folder) if status > 0 else ""
-                look(folder, calm)
+                for _ in range(chance.randint(1, 3) if kind.startswith("SIG") else 1):
+                    status, said = hit(kind, at, folder, points, chance)
+                    error = clear_error(said, folder) if status > 0 else ""
+                    look(folder, calm)
             begun = sealed(folder)
             if kind.startswith(DAMAGE):
                 at = damage(kind, folder, chance)
