@@ -107,7 +107,8 @@ def child(folder: Path, points: Sequence[str], said: Path, limit: int, jumps: li
     try:
         record.completed(folder, points, compute, {"data": "made up"})
     finally:  # what it ends with can be said
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        without = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+        resource.setrlimit(resource.RLIMIT_FSIZE, without)
 
 
 def obey_permissions() -> None:
@@ -194,8 +195,9 @@ def differences(path: Path, calm: Path) -> list[str]:
     """
     from dynamics import record
 
-    run, truth = record.read(path), record.read(calm / path.name) if (calm / path.name).exists() else None  # noqa: E501  # fmt: skip
-    whole = record.read(of_points(calm, ["all"])[0])
+    run, whole = record.read(path), record.read(of_points(calm, ["all"])[0])
+    same = calm / path.name
+    truth = record.read(same) if same.exists() else None
     found = [] if truth is None or run.config == truth.config else ["config"]
     made = [{**r.provenance, "started": 0, "command": 0} for r in (run, truth or whole)]
     found += ["provenance"] * (made[0] != made[1])
