@@ -5,6 +5,7 @@ them raises ``Planned``, which knows the run and can compile it: the chunk of st
 probes run.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh
 
 from dynamics import mesh as meshes
@@ -65,6 +67,19 @@ class Plan(NamedTuple):
         return max(max(p.arguments, held) + p.temporary for p in self.programs)
 
 
+class Work(NamedTuple):
+    """What a step of the whole population is made of, counted from its equations: no compiler."""
+
+    replicas: int
+    batch_size: int
+    params: int  # bytes
+    state: int  # parameters, optimizer and the rest
+    data: int  # on each chip
+    flops: float  # of matrix products and convolutions
+    moved: float  # bytes of their operands and results; the rest is fused into them
+    kept: float  # bytes of their results
+
+
 class Planned(Exception):  # noqa: N818 - no error: the end of what can be done without the machine
     """Raised by ``fit`` on a mesh of another machine. ``state`` holds shapes."""
 
@@ -80,6 +95,25 @@ class Planned(Exception):  # noqa: N818 - no error: the end of what can be done 
         super().__init__("a mesh of a machine that is not here: fit can compile for it, not run")
         self._chunk, self._state, self._probes = chunk, state, probes
         self.replicas, self.batch_size, self.num_steps = len(state.step), batch_size, num_steps
+
+    def work(self) -> Work:
+        """What a step takes, in about a second: to choose a mesh by."""
+        chunk, k = self._chunk(), self.replicas
+        one = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+        member = jax.eval_shape(one, (self._state, chunk.own))
+        flops, moved, kept = counted(
+            jax.make_jaxpr(chunk._advance)(*member, chunk._fed_shapes(), chunk.shared)
+        )
+        return Work(
+            replicas=k,
+            batch_size=self.batch_size,
+            params=_whole(self._state.params),
+            state=_whole(self._state),
+            data=held((chunk.shared, chunk.own)),
+            flops=k * flops,
+            moved=k * moved,
+            kept=k * kept,
+        )
 
     def compile(self, *, probes: bool = True) -> Plan:
         """Compile the chunk, and the probes."""
@@ -112,6 +146,32 @@ def held(tree: PyTree) -> int:
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * _width(x) for x in jax.tree.leaves(tree)
     )
+
+
+def counted(jaxpr: Any) -> np.ndarray:
+    """FLOPs, bytes of operands and results, and of results, of all products in a (closed) jaxpr.
+
+    What is in a loop counts as often as it runs, or once where that is not known.
+    """
+    total = np.zeros(3)
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        times = eqn.params.get("length", 1)
+        total += times * sum(map(counted, jaxprs_in_params(eqn.params)), np.zeros(3))
+        if eqn.primitive.name not in ("dot_general", "conv_general_dilated"):
+            continue
+        (out,), (left, right) = eqn.outvars, (v.aval for v in eqn.invars)
+        if eqn.primitive.name == "dot_general":
+            summed = math.prod(left.shape[i] for i in eqn.params["dimension_numbers"][0][0])
+        else:
+            features = eqn.params["dimension_numbers"].rhs_spec[0]
+            summed = math.prod(right.shape) // right.shape[features]
+        size = _whole(out.aval)
+        total += (2 * out.aval.size * summed, size + _whole((left, right)), size)
+    return total
+
+
+def _whole(tree: PyTree) -> int:
+    return sum(math.prod(x.shape) * _width(x) for x in jax.tree.leaves(tree))
 
 
 def _width(x: Any) -> int:
@@ -198,16 +258,41 @@ def _groups(line: str, size: int) -> list[list[int]]:
     """The groups of a collective: listed, or as a reshaped and transposed count."""
     if found := re.search(r"source_target_pairs=\{(.*?)\}\}", line):
         return _listed(found[1])
-    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims, order = (
-            [int(n) for n in part.split(",")] if part else None for part in found.groups()
-        )
-        ids = np.arange(size).reshape(dims)
-        ids = ids.transpose(order) if order else ids
-        return [[int(i) for i in group] for group in ids.reshape(shape)]  # pyright: ignore
+    if found := re.search(r"replica_groups=(\[[\d,]+\])<=(\S*?),? ", line + " "):
+        return _numbered(found[2]).reshape(_listed(found[1])[0]).tolist()
+    pattern = r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}"
+    if found := re.search(pattern, line):
+        return _along(*found.groups())
     if found := re.search(r"replica_groups=\{(.*?)\}\}", line):
         return _listed(found[1])
+    if re.search(r"replica_groups=(?!\{\})", line):
+        raise ValueError(f"the groups of a collective can't be read: {line.strip()[:200]}")
     return [list(range(size))]
+
+
+def _numbered(text: str) -> np.ndarray:
+    """``[4,2]T(1,0)``: 0, 1, ... in this shape, transposed; or listed as they are."""
+    shape, _, order = text.partition("T")
+    (dims,) = _listed(shape)
+    if "[" not in shape:
+        return np.array(dims)
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return ids.transpose(_listed(order)[0]) if order else ids
+
+
+def _along(sizes: str, devices: str | None, axes: str) -> list[list[int]]:
+    """The groups along ``'b'``, or ``'b':(2)4``, a part of it, of a mesh ``'a'=2,'b'=8``."""
+    pattern = r"'(\w+)':\((\d+)\)(\d+)"
+    parts = {name: (int(a), int(b)) for name, a, b in re.findall(pattern, axes)}
+    dims, moved = [], []
+    for name, size in re.findall(r"'(\w+)'=(\d+)", sizes):
+        before, here = parts.get(name, (1, int(size)))
+        if f"'{name}'" in axes:
+            moved.append(len(dims) + 1)
+        dims += [before, here, int(size) // (before * here)]
+    ids = _numbered(devices or f"[{math.prod(dims)}]").reshape(dims)
+    group = math.prod(dims[i] for i in moved)
+    return np.moveaxis(ids, moved, range(-len(moved), 0)).reshape(-1, group).tolist()
 
 
 def _listed(text: str) -> list[list[int]]:

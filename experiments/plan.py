@@ -3,14 +3,15 @@ that is not here: what each chip would hold, compute and exchange, and how long 
 
 Nothing is run. The first training of the experiment is compiled, with its probes; later stages
 start from numbers that only a run can give. ``--mesh R D M`` is the mesh to compile for, otherwise
-the best of those that divide the replicas and the batch, estimated from one chip's program.
+the best of those that divide the replicas and the batch, estimated from shapes.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from dynamics.mesh import AXES
-from dynamics.plan import Plan, Planned, Program
+from dynamics.plan import Plan, Planned, Program, Work
 
 GB, MB, KB = 1e9, 1e6, 1e3
 
@@ -32,6 +33,7 @@ CHIPS = {
     "v5p": Chip(95e9, 459e12, 2765e9, 600e9),
     "v6e": Chip(32e9, 918e12, 1638e9, 400e9),
 }
+CORE = Chip(math.inf, 50e9, 10e9, 10e9)  # roughly, to choose among meshes of a CPU's
 SENT = {  # of the bytes of its result, what a chip sends in a ring of n chips
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "all-gather": lambda n: (n - 1) / n,
@@ -66,37 +68,39 @@ def times(program: Program, chip: Chip, shape: dict[str, int]) -> Times:
 
 
 def meshes_of(chips: int, replicas: int, batch_size: int) -> Iterator[tuple[int, int, int]]:
-    """(replica, data, model) that divide the replicas and the batch, over all of the chips."""
+    """(replica, data, model) that divide the replicas and the batch, over all or some chips."""
     for r in range(1, chips + 1):
         for d in range(1, chips // r + 1):
-            if chips % (r * d) == 0 and replicas % r == 0 and batch_size % d == 0:
-                yield r, d, chips // (r * d)
+            if replicas % r == 0 and batch_size % d == 0:
+                most = chips // (r * d)
+                yield from ((r, d, m) for m in range(1, most + 1) if chips % m == 0)
 
 
-def ranked(plan: Plan, chips: int, chip: Chip | None) -> list[tuple[int, int, int]]:
-    """Meshes, the one of least time among those that fit first, by the program of one chip.
+def estimate(work: Work, mesh: tuple[int, int, int], chip: Chip) -> tuple[float, float]:
+    """Bytes on a chip, and seconds of a step with nothing overlapped, from shapes alone.
 
     What replicas share nothing of divides over all axes; gradients are reduced over data, and what
-    a model axis gathers is taken to be half of what is read and written.
+    a model axis exchanges is taken to be what products read and write.
     """
-    step, state = plan.programs[0], plan.params + plan.optimizer + plan.extras
-    links = chip.links / chip.bandwidth if chip else 0.1
+    r, d, m = mesh
+    here = (work.state / m + work.kept / (d * m)) / r + work.data
+    read = (work.moved / (d * m) + 3 * work.state / m) / r
+    sent = (2 * (d - 1) / d * work.params / m + work.moved / d * (m - 1) / m) / r
+    compute = work.flops / (r * d * m) / chip.flops
+    return here, compute + read / chip.bandwidth + sent / chip.links
+
+
+def ranked(work: Work, chips: int, chip: Chip) -> list[tuple[int, int, int]]:
+    """Meshes, the one of least time among those that fit first.
+
+    Fewer chips may be faster: on 10 of 16 a population of 10 exchanges nothing, on 16 gradients.
+    """
 
     def cost(mesh: tuple[int, int, int]) -> tuple[bool, float]:
-        r, d, m = mesh
-        here = state / (r * m) + plan.data + step.temporary / (r * d * m)
-        sent = 2 * (d - 1) / d * plan.params / (r * m)
-        sent += 0.5 * step.accessed / (r * d) * (m - 1) / m
-        read = (step.accessed - 3 * state) / (r * d * m) + 3 * state / (r * m)
-        return bool(chip and here > chip.memory), read + sent / links
+        here, seconds = estimate(work, mesh, chip)
+        return here > chip.memory, seconds
 
-    found = list(meshes_of(chips, plan.replicas, plan.batch_size))
-    if not found:
-        raise ValueError(
-            f"no mesh of {chips} chips divides {plan.replicas} replicas and batches of "
-            f"{plan.batch_size}: give --mesh R D M for some of the chips, or another batch size"
-        )
-    return sorted(found, key=cost)
+    return sorted(meshes_of(chips, work.replicas, work.batch_size), key=cost)
 
 
 def plan(
@@ -108,18 +112,19 @@ def plan(
 ) -> str:
     """The report. ``run(mesh)`` begins the experiment, ``make(r, d, m)`` a mesh of the machine."""
     chip = CHIPS.get(topology.partition(":")[0])
-    shapes = [shape] if shape else []
-    if not shapes:
-        one = _planned(run, make(1, 1, 1)).compile(probes=False)
-        shapes = ranked(one, chips, chip)
-    for i, shape in enumerate(shapes):
+    work = _planned(run, make(1, 1, 1)).work()
+    best = ranked(work, chips, chip or CORE)
+    shapes = [shape] if shape else best
+    for i, one in enumerate(shapes):
         try:
-            planned = _planned(run, make(*shape))
+            planned = _planned(run, make(*one))
             break
         except ValueError:  # a later stage trains another number of replicas
             if i == len(shapes) - 1:
                 raise
-    return "\n".join(report(planned.compile(), topology, chip))
+    lines = list(report(planned.compile(), topology, chip))
+    some = (f"{_by(m)} ({_seconds(estimate(work, m, chip or CORE)[1])})" for m in best[:3])
+    return "\n".join([*lines, f"Of {len(best)} meshes that divide, by shapes: {', '.join(some)}."])
 
 
 def _planned(run: Callable[[Any], None], mesh: Any) -> Planned:
@@ -135,7 +140,7 @@ def report(plan: Plan, topology: str, chip: Chip | None) -> Iterator[str]:
     shape = dict(plan.mesh.shape)
     step = plan.programs[0]
     yield (
-        f"{topology}, {plan.mesh.size} chips as {' x '.join(map(str, shape.values()))} "
+        f"{topology}, {plan.mesh.size} chips as {_by(shape.values())} "
         f"({', '.join(shape)}); {plan.replicas} replicas, batch {plan.batch_size}, "
         f"{plan.steps:,} steps"
     )
@@ -189,6 +194,10 @@ def advice(plan: Plan, chip: Chip) -> str:
     if state > plan.programs[0].temporary:
         return "give chips to the model axis, or the rules mesh.FULLY_SHARDED"
     return "accumulate gradients over smaller batches (accumulate), or more chips for the data axis"
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _bytes(size: float) -> str:

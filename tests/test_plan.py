@@ -122,12 +122,19 @@ def test_the_reader_of_groups() -> None:
         "%a = f32[4] all-reduce(%x), replica_groups=[2,4]<=[8], use": ("data", "model"),
         "%a = f32[4] all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0), to": ("replica",),
         "%a = f32[4] all-reduce(%x), replica_groups={}, to": ("replica", "data", "model"),
+        "%a = f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, to": ("data", "model"),
+        "%a = f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=4] {'a'}, to": ("replica",),
+        "%a = f32[4] all-reduce(%x), replica_groups=mesh['a'=8] {'a':(2)2}, to": ("data",),
+        "%a = f32[4] all-reduce(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) "
+        "{'a'}, to": ("model",),
         "%a = f32[4] collective-permute(%x), source_target_pairs={{0,2},{2,0}}": ("data",),
     }
     for line, axes in lines.items():
         (found,) = plan.collectives(line, where)
         assert (found.axes, found.bytes, found.count) == (axes, 16, 1), line
     pair = "%s = (bf16[8,2]{1,0}, bf16[32,2]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]"
+    with pytest.raises(ValueError, match="groups of a collective can't be read: %a = f32"):
+        plan.collectives("%a = f32[4] all-reduce(%x), replica_groups=some_day, to", where)
     (found,) = plan.collectives(f"{pair}\n%d = bf16[32,2] all-gather-done(%s)", where)
     assert (found.kind, found.bytes, found.count) == ("all-gather", 128, 1)
 
@@ -139,7 +146,41 @@ def test_times_and_meshes() -> None:
     t = words.times(program, chip, {"replica": 2, "data": 4, "model": 1})
     np.testing.assert_allclose(t, [1e-3, 1e-3, 2 * 1.5 * 1e8 / 1e10])
     assert t.largest == "interconnect"
-    assert list(words.meshes_of(4, 2, 2)) == [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 1)]
+    over_all = [m for m in words.meshes_of(4, 2, 2) if np.prod(m) == 4]
+    assert over_all == [(1, 1, 4), (1, 2, 2), (2, 1, 2), (2, 2, 1)]
+
+
+def test_the_best_of_the_meshes_that_divide() -> None:
+    """More chips only where they help, parts of parameters only where copies don't fit."""
+    chip = words.CHIPS["v5e"]
+    small = {"params": 4e8, "state": 8e8, "data": 1e8, "flops": 4e12, "moved": 1e10, "kept": 3e9}
+    ten = plan.Work(replicas=10, batch_size=128, **small)
+    assert words.ranked(ten, 16, chip)[0] == (10, 1, 1)  # 2 x 8 x 1 would exchange gradients
+    assert words.ranked(ten._replace(replicas=16), 16, chip)[0] == (16, 1, 1)
+    alone = ten._replace(replicas=1, params=4e7, state=8e7, flops=4e14)
+    assert words.ranked(alone, 16, chip)[0] == (1, 16, 1)
+    large = ten._replace(replicas=1, params=2e10, state=6e10)
+    best = words.ranked(large, 16, chip)[0]
+    assert best[2] > 1 and words.estimate(large, best, chip)[0] <= chip.memory
+
+
+@pytest.mark.parametrize("kind", ["mlp", "convnet", "transformer"])
+def test_work_is_what_the_compiler_counts(kind: str) -> None:
+    """Products are most of the FLOPs of a step, and counted without a compiler."""
+    run = planned(kind, there("cpu:1"), 1)
+    work, (step, *_) = run.work(), run.compile(probes=False).programs
+    assert 0.3 * step.flops < work.flops <= 1.1 * step.flops
+    shapes = jax.eval_shape(lambda: tiny.start(tiny.problem(kind), mesh.make(), 1))
+    assert work.params == sum(x.size * 4 for x in jax.tree.leaves(shapes.params))
+    assert 0 < work.kept < work.moved
+
+
+def test_products_in_loops_count_as_often_as_they_run() -> None:
+    def twice(w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, _: (x @ w, None), w, None, length=3)[0]
+
+    flops, moved, kept = plan.counted(jax.make_jaxpr(jax.jit(twice))(np.ones((8, 8), np.float32)))
+    assert (flops, moved, kept) == (3 * 2 * 8**3, 3 * 3 * 256, 3 * 256)
 
 
 def test_what_does_not_fit_is_said() -> None:
