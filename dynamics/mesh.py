@@ -31,6 +31,7 @@ NO_TPU = {  # what libtpu would ask the machine it is on, which has none
     "TPU_WORKER_ID": "0",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # compiling is no use of the TPU: several may at once
 }
 TPUS = {"v4": "2x2x1", "v5e": "4x4", "v5p": "4x4x4", "v6e": "4x4"}  # and the shape of a slice
 
