@@ -226,9 +226,13 @@ def read(name: str, compiled: Any, mesh: Mesh) -> Program:
 def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
     """The collectives of a program's HLO text, by kind and the mesh axes they run along."""
     counts: dict[tuple[str, tuple[str, ...], int], int] = {}
+    seen: set[str] = set()  # TPUs repeat a channel in each fusion that it goes on beside
     pattern = rf"= (\S.*?) ({'|'.join(KINDS)})(?:-start)?\("
     for line in text.splitlines():
         if found := re.search(pattern, line):
+            channel = re.search(r"channel_id=\d+", line)
+            if channel and (channel[0] in seen or seen.add(channel[0])):
+                continue
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
             if "-start(" in line and len(shapes) > 1:  # operands and results of a pair
                 shapes = shapes[len(shapes) // 2 :]

@@ -132,6 +132,9 @@ def test_the_reader_of_groups() -> None:
     for line, axes in lines.items():
         (found,) = plan.collectives(line, where)
         assert (found.axes, found.bytes, found.count) == (axes, 16, 1), line
+    one = "%g = f32[4] all-gather(%x), channel_id={}, replica_groups=[4,2]<=[8]"
+    text = "\n".join(one.format(channel) for channel in (3, 3, 4))
+    assert [c.count for c in plan.collectives(text, where)] == [2]
     pair = "%s = (bf16[8,2]{1,0}, bf16[32,2]{1,0}) all-gather-start(%x), replica_groups=[2,4]<=[8]"
     with pytest.raises(ValueError, match="groups of a collective can't be read: %a = f32"):
         plan.collectives("%a = f32[4] all-reduce(%x), replica_groups=some_day, to", where)
