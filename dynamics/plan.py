@@ -186,21 +186,24 @@ def _of_probe(probe: Probe, chunk: Chunk, state: TrainState, aux: PyTree) -> lis
         carry = meshes.placed(jax.eval_shape(fold.init, state), meshes.over_replicas(chunk.mesh))
         compiled = fold.run.lower(carry, aux, np.int32(1)).compile()
         return [read(probe.name, compiled, chunk.mesh)]
-    found: list[Program] = []
+    found: dict[Any, tuple[Program, PyTree]] = {}  # data go through one program batch by batch
 
     def each(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         def all_replicas(own: PyTree, *shared: PyTree) -> PyTree:
             mine = meshes.shaped(own, chunk.mesh, chunk.rules)
             rest = meshes.placed(shared, meshes.everywhere(chunk.mesh))
-            spread = jax.jit(population.spread(fn, chunk.mesh, chunk.how))
-            found.append(read(probe.name, spread.lower(mine, *rest).compile(), chunk.mesh))
+            key = (fn, str(jax.tree.map(lambda x: (x.shape, x.dtype), (mine, rest))))
+            if key not in found:
+                spread = jax.jit(population.spread(fn, chunk.mesh, chunk.how))
+                lowered = spread.lower(mine, *rest)
+                found[key] = read(probe.name, lowered.compile(), chunk.mesh), lowered.out_info
             zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
-            return jax.tree.map(zeros, jax.eval_shape(spread, mine, *rest))
+            return jax.tree.map(zeros, found[key][1])
 
         return all_replicas
 
     jax.eval_shape(lambda s: probe.measure(probe.start(s, each), s, each), state)
-    unique = {(p.arguments, p.temporary, p.flops): p for p in found}
+    unique = {(p.arguments, p.temporary, p.flops): p for p, _ in found.values()}
     return list(unique.values())
 
 

@@ -108,6 +108,15 @@ def test_probes_are_compiled_or_named() -> None:
     assert not any("replica" in c.axes for one in found.programs for c in one.collectives)
 
 
+def test_a_program_for_every_batch_is_compiled_once(monkeypatch: Any) -> None:
+    count, compiled = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *a: count.append(1) or compiled(*a))
+    p = tiny.problem("mlp")
+    test = Evaluate(p.task, p.data, 5, batch_size=10)  # 4 batches
+    found = planned("mlp", there("cpu:4", 2, 2, 1), 2, probes=[test]).compile()
+    assert len(count) == len(found.programs) == 2
+
+
 @pytest.mark.parametrize("kind", ["convnet"])
 def test_a_step_that_is_dispatched(kind: str) -> None:
     found = planned(kind, there("cpu:8", 2, 4, 1), 4).compile(probes=False)
