@@ -5,7 +5,8 @@ Nothing is run, so no data are needed: what the examples are does not change a p
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,11 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from dynamics import fit, mesh, models, optim, plan, scores, task
+from dynamics import fit, mesh, models, optim, plan, population, scores, task
 from dynamics.data.stream import resident
 from dynamics.models.resnet import ResNetModule
 from dynamics.probes import Score, Sharpness
-from dynamics.types import Dataset
+from dynamics.types import Batch, Dataset, Task
 from experiments import plan as words
 
 STEPS = 1000
@@ -44,16 +45,31 @@ def examples(count: int, *shape: int, tokens: bool = False) -> Dataset:
     return Dataset(x, y, index, np.zeros(size, np.float32), np.ones(size, np.float32))
 
 
-def resnet50(on: list, kind: str) -> plan.Planned:
-    """EL2N of images of 224 x 224 by 10 replicas; training at batch 256 beside it."""
-    data = examples(512, 224, 224, 3)  # 1.28 million go through the same programs
-    net = task.of_dataset(Stemmed(), data)
-    el2n = Score(scores.el2n, net, data, 1, "el2n")
+def resnet50(on: list, topology: str) -> Iterator[str]:
+    """EL2N of 256 images of 224 x 224 by 10 replicas, one a chip; no step."""
+    net, chip = task.of_dataset(Stemmed(), examples(1, 224, 224, 3)), chip_of(topology)
     where = mesh.make(10, 1, 1, devices=on)
-    return planned(net, data, optim.Train(batch_size=256, momentum=0.9), 10, where, [el2n])
+    keys = jax.random.split(jax.random.key(0), 10)
+    state = fit.init(net, optim.make(optim.Train(), STEPS), keys, {}, where)
+    images = mesh.placed(Batch(*batch_of(256, 224, 224, 3)), mesh.everywhere(where))
+    el2n = population.spread(lambda s, b: scores.el2n(net, s, b), where, "vmap")
+    compiled = jax.jit(el2n).lower(state, images).compile()
+    found = plan.read("el2n of 256 images", compiled, where)
+    yield from words.described(found, chip, dict(where.shape), "a batch")
+    yield f"  parameters, optimizer, statistics: {plan.held(state) / 1e6:,.0f} MB a chip"
+    if chip:
+        rate = 256 / max(words.times(found, chip, dict(where.shape)))
+        yield f"  at most {rate:,.0f} images a second and chip, {rate * 150528 / 1e9:.2f} GB fed"
+        yield f"  1.28 million images: at least {1.28e6 / rate:.0f} s"
 
 
-def transformer(on: list, kind: str) -> plan.Planned:
+def batch_of(count: int, *shape: int) -> tuple[Any, Any, Any]:
+    """Shapes of inputs, labels and places."""
+    labels = jax.ShapeDtypeStruct((count,), np.int32)
+    return jax.ShapeDtypeStruct((count, *shape), np.float32), labels, labels
+
+
+def transformer(on: list, topology: str) -> Iterator[str]:
     """1.1e9 parameters, Adam, a sequence of 1,024 tokens a chip; sharpness by 10 products."""
     data = examples(4096, 1024, tokens=True)
     net = models.Transformer(
@@ -64,22 +80,30 @@ def transformer(on: list, kind: str) -> plan.Planned:
     sharpness = Sharpness(made, some, 100, cold=10)
     train = optim.Train(rule="adam", batch_size=len(on), weight_decay=0.1)
     where = mesh.make(1, len(on), 1, devices=on)
-    return planned(made, data, train, 1, where, [sharpness], mesh.FULLY_SHARDED)
+    found = planned(made, data, train, 1, where, [sharpness], mesh.FULLY_SHARDED).compile()
+    yield from words.report(found, topology, chip_of(topology))
 
 
-def population(on: list, kind: str) -> plan.Planned:
+def many(on: list, topology: str) -> Iterator[str]:
     """1,000 replicas of 64-128-128-10 on digits, on the mesh of least time."""
     data = examples(1437, 8, 8, 1)
     net = task.of_dataset(models.make(models.MLP(width=128, depth=2), 10), data)
     train = optim.Train(batch_size=64, momentum=0.9)
     work = planned(net, data, train, 1000, mesh.make(devices=on)).work()
-    best = words.ranked(work, len(on), words.CHIPS.get(kind, words.CORE))[0]
+    best = words.ranked(work, len(on), chip_of(topology) or words.CORE)[0]
     el2n = Score(scores.el2n, net, data, 1, "el2n")
-    return planned(net, data, train, 1000, mesh.make(*best, devices=on), [el2n])
+    where = mesh.make(*best, devices=on)
+    found = planned(net, data, train, 1000, where, [el2n]).compile()
+    yield from words.report(found, topology, chip_of(topology))
+
+
+def chip_of(topology: str) -> words.Chip | None:
+    """The public figures of its chips."""
+    return words.CHIPS.get(topology.partition(":")[0])
 
 
 def planned(
-    net: task.Task,
+    net: Task,
     data: Dataset,
     train: optim.Train,
     replicas: int,
@@ -99,11 +123,7 @@ def planned(
     raise ValueError(f"{where} is of this machine: give a mesh of mesh.topology(name)")
 
 
-PLANS: dict[str, Callable[[list, str], plan.Planned]] = {
-    "resnet50": resnet50,
-    "transformer": transformer,
-    "population": population,
-}
+PLANS = {"many": many, "resnet50": resnet50, "transformer": transformer}
 
 
 def main() -> None:
@@ -115,10 +135,9 @@ def main() -> None:
     mesh.start(cache=False)
     for topology in options.on:
         for name in options.names or PLANS:
-            began, kind = time.monotonic(), topology.partition(":")[0]
-            found = PLANS[name](mesh.topology(topology), kind).compile()
-            print("\n".join(words.report(found, topology, words.CHIPS.get(kind))))
-            print(f"({name}, planned in {time.monotonic() - began:.0f} s)\n", flush=True)
+            began = time.monotonic()
+            print("\n".join(PLANS[name](mesh.topology(topology), topology)))
+            print(f"({name} on {topology}: {time.monotonic() - began:.0f} s)\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,10 @@ from dynamics.watch import Fold
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "s8": 1, "u8": 1}
 
+# what a probe runs is compiled for TPUs in a third of the time: FLOPs and collectives are the same,
+# memory is off by a tenth (ResNet-18), bytes read and written by up to a half
+QUICK = {"exec_time_optimization_effort": -1.0}
+
 
 class Collective(NamedTuple):
     """Equal collectives of a program; what is in a loop counts once, as a step does."""
@@ -196,7 +200,9 @@ def _of_probe(probe: Probe, chunk: Chunk, state: TrainState, aux: PyTree) -> lis
             if key not in found:
                 spread = jax.jit(population.spread(fn, chunk.mesh, chunk.how))
                 lowered = spread.lower(mine, *rest)
-                found[key] = read(probe.name, lowered.compile(), chunk.mesh), lowered.out_info
+                tpu = chunk.mesh.devices.flat[0].platform == "tpu"
+                compiled = lowered.compile(compiler_options=QUICK if tpu else None)
+                found[key] = read(probe.name, compiled, chunk.mesh), lowered.out_info
             zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
             return jax.tree.map(zeros, found[key][1])
 

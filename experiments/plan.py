@@ -161,26 +161,35 @@ def report(plan: Plan, topology: str, chip: Chip | None) -> Iterator[str]:
         yield f"  IT DOES NOT FIT: {advice(plan, chip)}"
     for program in plan.programs:
         yield ""
-        yield (
-            f"{program.name}: {program.flops / GB:,.3g} GFLOP, "
-            f"{_bytes(program.accessed)} read and written"
-        )
-        for c in program.collectives:
-            along = " and ".join(c.axes) or "nothing"
-            yield f"  {c.count:>4} x {c.kind:<19} over {along:<16}{_bytes(c.bytes):>12}"
-        if not program.collectives:
-            yield "  no collectives"
-        if chip:
-            t = times(program, chip, shape)
-            yield (
-                f"  {'a step' if program is step else 'a measurement'} takes at least "
-                f"{_seconds(max(t))}, bound by {t.largest} (compute {_seconds(t.compute)}, "
-                f"memory {_seconds(t.memory)}, interconnect {_seconds(t.interconnect)})"
-            )
+        yield from described(program, chip, shape, "a step" if program is step else "a measurement")
     for name, why in plan.unplanned.items():
         yield f"\n{name}: not compiled, it reads numbers on the host ({why})"
     yield ""
     yield "A loop's body counts once, as a step does; times are lower bounds, nothing overlapped."
+    if chip and len(plan.programs) > 1:
+        yield "Measurements are compiled in haste: what they read and write is rough."
+
+
+def described(
+    program: Program, chip: Chip | None, shape: dict[str, int], what: str
+) -> Iterator[str]:
+    """The lines about one program, run on a mesh of this ``shape``."""
+    yield (
+        f"{program.name}: {program.flops / GB:,.3g} GFLOP, "
+        f"{_bytes(program.accessed)} read and written, {_bytes(program.temporary)} temporary"
+    )
+    for c in program.collectives:
+        along = " and ".join(c.axes) or "nothing"
+        yield f"  {c.count:>4} x {c.kind:<19} over {along:<16}{_bytes(c.bytes):>12}"
+    if not program.collectives:
+        yield "  no collectives"
+    if chip:
+        t = times(program, chip, shape)
+        yield (
+            f"  {what} takes at least {_seconds(max(t))}, bound by {t.largest} "
+            f"(compute {_seconds(t.compute)}, memory {_seconds(t.memory)}, interconnect "
+            f"{_seconds(t.interconnect)})"
+        )
 
 
 def advice(plan: Plan, chip: Chip) -> str:

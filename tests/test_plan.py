@@ -110,7 +110,9 @@ def test_probes_are_compiled_or_named() -> None:
 
 def test_a_program_for_every_batch_is_compiled_once(monkeypatch: Any) -> None:
     count, compiled = [], jax.stages.Lowered.compile
-    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda *a: count.append(1) or compiled(*a))
+    monkeypatch.setattr(
+        jax.stages.Lowered, "compile", lambda *a, **k: count.append(1) or compiled(*a, **k)
+    )
     p = tiny.problem("mlp")
     test = Evaluate(p.task, p.data, 5, batch_size=10)  # 4 batches
     found = planned("mlp", there("cpu:4", 2, 2, 1), 2, probes=[test]).compile()
