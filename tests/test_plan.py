@@ -41,7 +41,7 @@ def sent(text: str) -> dict[str, int]:
     return out
 
 
-@pytest.fixture(scope="module", params=["mlp", "transformer"])
+@pytest.fixture(scope="module", params=["mlp", "convnet", "transformer"])
 def both(request: Any) -> dict[str, tuple[plan.Plan, str, Any]]:
     """On 2 x 4 x 1 devices by both rules: the plan, the HLO text, the memory."""
     where, found = there("cpu:8", 2, 4, 1), {}
@@ -244,3 +244,20 @@ def test_for_a_tpu() -> None:
     assert step.flops > 0 and {c.axes for c in step.collectives} == {("data",)}
     with pytest.raises(ValueError, match="libtpu has no topology 'v5e:3x7'"):
         mesh.topology("v5e:3x7")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="libtpu is not installed")
+@pytest.mark.parametrize("kind", ["convnet", "transformer"])
+def test_what_each_rule_moves_on_a_tpu(kind: str) -> None:
+    where, found = there("v5e:4x4", 2, 4, 1), {}
+    for name, rules in RULES.items():
+        found[name] = planned(kind, where, 2, rules=rules).compile(probes=False)
+    copies, parts = (found[name].programs[0].collectives for name in RULES)
+    assert {axis for c in (*copies, *parts) for axis in c.axes} == {"data"}
+    largest = max(copies, key=lambda c: c.bytes)
+    assert largest.kind == "all-reduce" and largest.bytes >= 0.5 * found["tp"].params
+    gathered = [
+        sum(c.bytes * c.count for c in cs if c.kind == "all-gather") for cs in (copies, parts)
+    ]
+    assert gathered[1] > gathered[0] and found["fsdp"].params < 0.5 * found["tp"].params
