@@ -36,7 +36,7 @@ ONLY = {  # third-party package -> where it may be imported
     "grain": {"dynamics/data/stream.py"},
     "matplotlib": {"paper_figures/"},
     "orbax": {"dynamics/checkpoint.py"},
-    "polars": {"dynamics/record.py"},
+    "polars": {"dynamics/record/"},
     "rich": {"experiments/"},
     "sklearn": {"dynamics/data/", "dynamics/scores/noise.py"},
     "submitit": {"experiments/"},

@@ -1,0 +1,125 @@
+"""Many points, each under the fingerprint of its config: computed once, alone or together."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import polars as pl
+
+from dynamics import config as configs
+from dynamics import hosts
+from dynamics.record.files import AGAIN, RecordError, Run, Table, asked, reading
+from dynamics.record.reading import read
+from dynamics.record.writing import Recorder
+
+GROUP = "group-"  # begins the name of a directory in which several points are computed
+
+T = TypeVar("T")
+
+
+def completed(
+    folder: Path | str | None,
+    points: Sequence[T],
+    compute: Callable[[Sequence[T], "Recorder | None"], Sequence[Table]],
+    about: Mapping[str, Any],
+) -> list[Table]:
+    """The table of each point: read if its directory is finished, else computed and stored.
+
+    ``compute`` gets the missing points together, and the recorder of the directory they are
+    computed in: the point's own, or one for the group that is removed when all are stored.
+    ``about`` goes into the provenance; its ``data``, the hash of the data, must be that of a
+    finished run. RecordError if it isn't.
+    """
+    if folder is None:
+        return list(compute(points, None))
+    names = [configs.fingerprint(point) for point in points]
+    homes = [Path(folder, name) for name in names]
+    todo = [points[i] for i in hosts.once(_to_compute, Path(folder), points, names, about)]
+    if todo:
+        group = GROUP + configs.fingerprint(tuple(todo))
+        alone = len(todo) == 1
+        home = Path(folder, configs.fingerprint(todo[0]) if alone else group)
+        recorder = Recorder(home, todo[0] if alone else tuple(todo), about)
+        tables = compute(todo, recorder)
+        for point, table in zip(todo, tables, strict=True):
+            home = Path(folder, configs.fingerprint(point))
+            if not hosts.once((home / "done.json").is_file):
+                Recorder(home, point, about).finish(table)
+    hosts.once(_remove_finished_groups, Path(folder))
+    return [hosts.once(_stored, home) for home in homes]
+
+
+def _to_compute(
+    folder: Path, points: Sequence[T], names: Sequence[str], about: Mapping[str, Any]
+) -> list[int]:
+    """Which points are to be computed together: none, or all that a begun group has."""
+    for name in names:
+        _same_data(folder / name, about)
+    missing = [name for name in names if not (folder / name / "done.json").is_file()]
+    if not missing:
+        return []
+    todo = _begun_group(folder, names, missing) or missing
+    if len(todo) > 1:
+        chosen = tuple(points[names.index(name)] for name in todo)
+        _same_data(folder / (GROUP + configs.fingerprint(chosen)), about)
+    return [names.index(name) for name in todo]
+
+
+def _stored(home: Path) -> Table:
+    return _table(read(home))
+
+
+def _begun_group(folder: Path, points: Sequence[str], missing: Sequence[str]) -> list[str]:
+    """The points, in its order, of a killed group that all missing ones were computed in."""
+    for group in sorted(folder.glob(GROUP + "*/provenance.json")):
+        if not (group.parent / "config.json").is_file():
+            raise RecordError(f"{group.parent} has lost its config.json: {AGAIN}")
+        with reading(group.parent):
+            found = asked(group.parent)[0]
+        names = [configs.fingerprint(point) for point in found]
+        if set(missing) <= set(names) <= set(points):
+            return names
+    return []
+
+
+def _remove_finished_groups(folder: Path) -> None:
+    """Remove the directories of groups all of whose points are stored.
+
+    So does any other process that stores points there, at the same time.
+    """
+    for group in folder.glob(GROUP + "*"):
+        try:
+            text = (group / "config.json").read_text()
+        except FileNotFoundError:
+            continue
+        with reading(group):
+            points = json.loads(text)
+        if all((folder / configs.fingerprint(p) / "done.json").is_file() for p in points):
+            (group / "provenance.json").unlink(missing_ok=True)  # first: what is left is no group
+            shutil.rmtree(group, ignore_errors=True)
+
+
+def _table(run: Run) -> Table:
+    """The table as it was given to be stored: numpy strings, columns that can be written to."""
+
+    def column(values: pl.Series) -> np.ndarray:
+        text = values.dtype == pl.String
+        return np.array(values.to_list()) if text else values.to_numpy().copy()
+
+    return Table({name: column(run.rows[name]) for name in run.rows.columns}, run.arrays)
+
+
+def _same_data(home: Path, about: Mapping[str, Any]) -> None:
+    """RecordError if a run was begun or finished on other data than those at hand."""
+    if not (home / "provenance.json").is_file():
+        return
+    with reading(home):
+        then = json.loads((home / "provenance.json").read_text()).get("data")
+    if then != about.get("data"):
+        raise RecordError(
+            f"{home} was computed on other data (hash {then}, now {about.get('data')}): "
+            "bring the data back, or give another --runs folder"
+        )
