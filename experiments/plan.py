@@ -114,17 +114,21 @@ def plan(
     chip = CHIPS.get(topology.partition(":")[0])
     work = _planned(run, make(1, 1, 1)).work()
     best = ranked(work, chips, chip or CORE)
-    shapes = [shape] if shape else best
+    shapes, refused = [shape] if shape else best, ""
     for i, one in enumerate(shapes):
         try:
             planned = _planned(run, make(*one))
             break
-        except ValueError:  # a later stage trains another number of replicas
+        except ValueError as error:  # a later stage trains another number of replicas
             if i == len(shapes) - 1:
                 raise
+            refused = refused or f"\n{_by(one)} can't be used by all of this experiment: {error}."
     lines = list(report(planned.compile(), topology, chip))
     some = (f"{_by(m)} ({_seconds(estimate(work, m, chip or CORE)[1])})" for m in best[:3])
-    return "\n".join([*lines, f"Of {len(best)} meshes that divide, by shapes: {', '.join(some)}."])
+    return (
+        "\n".join([*lines, f"Of {len(best)} meshes that divide, by shapes: {', '.join(some)}."])
+        + refused
+    )
 
 
 def _planned(run: Callable[[Any], None], mesh: Any) -> Planned:
