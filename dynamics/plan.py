@@ -201,7 +201,8 @@ def _of_probe(probe: Probe, chunk: Chunk, state: TrainState, aux: PyTree) -> lis
                 spread = jax.jit(population.spread(fn, chunk.mesh, chunk.how))
                 lowered = spread.lower(mine, *rest)
                 tpu = chunk.mesh.devices.flat[0].platform == "tpu"
-                compiled = lowered.compile(compiler_options=QUICK if tpu else None)
+                options: dict[str, Any] = {"compiler_options": QUICK} if tpu else {}
+                compiled = lowered.compile(**options)
                 found[key] = read(probe.name, compiled, chunk.mesh), lowered.out_info
             zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
             return jax.tree.map(zeros, found[key][1])
