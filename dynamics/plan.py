@@ -27,7 +27,7 @@ BYTES = {"pred": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "s8": 1, 
 
 # what a probe runs is compiled for TPUs in a third of the time: FLOPs and collectives are the same,
 # memory is off by a tenth (ResNet-18), bytes read and written by up to a half
-QUICK: Any = {"exec_time_optimization_effort": -1.0}
+QUICK = {"exec_time_optimization_effort": -1.0}
 
 
 class Collective(NamedTuple):

@@ -240,7 +240,8 @@ def sealed(folder: Path) -> bool:
 def clear_error(said: str, folder: Path) -> str:
     """The one error a start ended with. Wrong: it is not of ours, or doesn't say where."""
     found = re.findall(r"^(?:[\w.]+\.)?(\w+(?:Error|Exception)\b.*(?:\n .*)*)", said, re.M)
-    last = found[-1] if found else said[-500:]
+    ours = [error for error in found if error.startswith(("CheckpointError", "RecordError"))]
+    last = (ours or found or [said[-500:]])[-1]  # a thread of orbax may log another one after it
     ours = re.match(r"(CheckpointError|RecordError|\w*OSError|PermissionError|File\w+Error):", last)
     if not ours or str(folder) not in last or len(last) > 800:
         raise Wrong("unclear error", said[-1500:])

@@ -454,6 +454,20 @@ def test_a_killed_group_goes_on_where_it_was(tmp_path: Path) -> None:
     assert a == b and not a.exists()
 
 
+def test_a_group_that_can_not_be_removed_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Any, ignore_errors: bool = False) -> None:
+        if not ignore_errors:  # as rmtree does, without the folder
+            raise PermissionError(13, "Permission denied", "_sharding")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record.shutil, "rmtree", refuse)
+        with pytest.raises(RecordError, match="group-.* can't be written .Permission denied"):
+            completed(tmp_path, POINTS, Compute(), ABOUT)
+    assert len(completed(tmp_path, POINTS, Compute(fail=True), ABOUT)) == len(POINTS)
+
+
 @pytest.mark.parametrize("points", [POINTS, POINTS[:1]], ids=["group", "alone"])
 def test_results_of_other_data_are_refused(tmp_path: Path, points: Any) -> None:
     completed(tmp_path, points, Compute(), ABOUT)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,7 @@ import polars as pl
 
 from dynamics import config as configs
 from dynamics import hosts
-from dynamics.record.files import AGAIN, RecordError, Run, Table, asked, reading
+from dynamics.record.files import AGAIN, RecordError, Run, Table, asked, reading, writing
 from dynamics.record.reading import read
 from dynamics.record.writing import Recorder
 
@@ -98,8 +99,9 @@ def _remove_finished_groups(folder: Path) -> None:
         with reading(group):
             points = json.loads(text)
         if all((folder / configs.fingerprint(p) / "done.json").is_file() for p in points):
-            (group / "provenance.json").unlink(missing_ok=True)  # first: what is left is no group
-            shutil.rmtree(group, ignore_errors=True)
+            with writing(group), suppress(FileNotFoundError):
+                (group / "provenance.json").unlink(missing_ok=True)  # what is left is no group
+                shutil.rmtree(group)
 
 
 def _table(run: Run) -> Table:
