@@ -12,6 +12,7 @@ import collections
 import contextlib
 import ctypes
 import datetime
+import glob
 import logging
 import multiprocessing
 import os
@@ -260,7 +261,7 @@ def wait_for(moment: str, process: BaseProcess, folder: Path, chance: random.Ran
         "finishing": "*/arrays/leaf*.npz",
     }.get(moment)
     while pattern is not None and process.exitcode is None:
-        found = [p.name for p in folder.glob(pattern)]
+        found = [Path(p).name for p in glob.glob(str(folder / pattern))]  # while they come and go
         if moment == "training":
             found = [n for n in found if n.isdigit() and int(n) >= step]
         elif moment == "saving":
@@ -336,7 +337,7 @@ def hit(kind: str, moment: str, folder: Path, points: Any, chance: random.Random
     if kind == "full disk":
         fill(folder.parent, chance.choice((0, chance.randrange(100_000))))
     elif kind == "no write permission":
-        folders = [folder, *[p for p in folder.rglob("*") if p.is_dir() and "tmp" not in p.name]]
+        folders = [Path(p) for p, _, _ in os.walk(folder) if "tmp" not in Path(p).name]
         with contextlib.suppress(FileNotFoundError):
             chance.choice(sorted(folders)).chmod(0o555)
     elif kind == "SIGTERM" and process.exitcode is None:
