@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -462,7 +463,7 @@ def test_a_group_that_can_not_be_removed_says_which(
             raise PermissionError(13, "Permission denied", "_sharding")
 
     with monkeypatch.context() as patch:
-        patch.setattr(record.shutil, "rmtree", refuse)
+        patch.setattr(shutil, "rmtree", refuse)
         with pytest.raises(RecordError, match="group-.* can't be written .Permission denied"):
             completed(tmp_path, POINTS, Compute(), ABOUT)
     assert len(completed(tmp_path, POINTS, Compute(fail=True), ABOUT)) == len(POINTS)
