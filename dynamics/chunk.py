@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dynamics import hosts, population, step
+from dynamics import population, step
 from dynamics import mesh as meshes
 from dynamics.types import Aux, PyTree, Stream, Task, TrainState
 
@@ -65,9 +65,7 @@ class Chunk:
         platform = mesh.devices.flat[0].platform
         convolutional = population.has_convolution(jaxpr)
         self.how: population.How = how or population.choose(platform, convolutional)
-        # several programs with collectives in flight can wait for each other for ever on a CPU
-        talks = mesh.size > mesh.shape[meshes.AXES[0]] or hosts.count() > 1
-        self.in_flight = 0 if platform == "cpu" and talks else IN_FLIGHT
+        self.in_flight = 0 if meshes.must_wait(mesh) else IN_FLIGHT
         each = sum(
             math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves((self._outs, fed))
         )

@@ -284,6 +284,33 @@ def split_batch(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
 
 
+def must_wait(mesh: Mesh) -> bool:
+    """Whether one program must end before the next begins: on a CPU (jax 0.10), several with
+    collectives in flight can wait for each other for ever.
+    """
+    talks = mesh.size > mesh.shape["replica"] or hosts.count() > 1
+    return talks and mesh.devices.flat[0].platform == "cpu"
+
+
+def split_here(tree: PyTree) -> PyTree:
+    """Inside a function of one replica: the leading axis over the data axis, if it divides."""
+    parts = jax.sharding.get_abstract_mesh().shape.get("data", 1)
+
+    def split(x: jax.Array) -> jax.Array:
+        if parts == 1 or x.shape[0] % parts:
+            return x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec("data"))
+
+    return jax.tree.map(split, tree)
+
+
+def whole_here(tree: PyTree) -> PyTree:
+    """Inside a function of one replica: each leaf in one piece again."""
+    if jax.sharding.get_abstract_mesh().shape.get("data", 1) == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)
+
+
 # ---- what lies where: rules see a leaf of one replica -----------------------------------------
 
 

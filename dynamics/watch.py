@@ -130,6 +130,7 @@ def each_replica(mesh: Mesh, how: population.How) -> Callable[..., Any]:
     compiled: dict[Any, Any] = {}
     parts = jax.jit(lambda tree: population.split(tree, mesh))
     join = jax.jit(population.join)
+    settled = jax.block_until_ready if meshes.must_wait(mesh) else lambda out: out
 
     def each(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
         if fn not in compiled:
@@ -138,8 +139,8 @@ def each_replica(mesh: Mesh, how: population.How) -> Callable[..., Any]:
 
         def all_replicas(own: PyTree, *shared: PyTree) -> PyTree:
             if how != "dispatch":
-                return run(own, *shared)
-            return join([run(part, *shared) for part in parts(own)])
+                return settled(run(own, *shared))
+            return settled(join([settled(run(part, *shared)) for part in parts(own)]))
 
         return all_replicas
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dynamics import ghost
+from dynamics import mesh as meshes
 from dynamics.data.stream import normalise
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
 
@@ -69,9 +70,10 @@ def _bound(score: PerExample, task: Task) -> Callable[..., Any]:
 
     def per_example(own: tuple, x: jax.Array, rows: jax.Array, mean: Any, std: Any) -> PyTree:
         state, y = own
+        x, y, rows = meshes.split_here((x, y, rows))
         batch = Batch(x=normalise(x, mean, std), y=y.astype(jnp.int32), index=rows)
         ghost.check_independent(functools.partial(losses, task), state, batch)
-        return score(task, state, batch)
+        return meshes.whole_here(score(task, state, batch))
 
     return per_example
 
