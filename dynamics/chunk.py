@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dynamics import population, step
 from dynamics import mesh as meshes
+from dynamics import population, step
 from dynamics.types import Aux, PyTree, Stream, Task, TrainState
 
 CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes, and batches it is fed, on each device
