@@ -122,7 +122,7 @@ def _plan(module: ModuleType, point: Any, where: Where, topology: str) -> int:
         data = module.load(point, where.data_folder)
         make = functools.partial(meshes.make, devices=devices)
         run = functools.partial(module.sweep, (point,), data)
-        print(plan.plan(run, make, topology, len(devices), where.mesh))
+        print(plan.plan(run, make, topology, devices, where.mesh))
     except (ValueError, OSError, DataError) as error:
         if where.verbose:
             raise

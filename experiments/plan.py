@@ -7,7 +7,7 @@ the best of those that divide the replicas and the batch, estimated from shapes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dynamics.mesh import AXES
@@ -90,15 +90,22 @@ def estimate(work: Work, mesh: tuple[int, int, int], chip: Chip) -> tuple[float,
     return here, compute + read / chip.bandwidth + sent / chip.links
 
 
-def ranked(work: Work, chips: int, chip: Chip) -> list[tuple[int, int, int]]:
+def fewest(devices: Sequence[Any]) -> int:
+    """The chips that a mesh must have so that every host of the machine has a part in it."""
+    hosts = [device.process_index for device in devices]
+    return max(hosts.index(host) for host in set(hosts)) + 1
+
+
+def ranked(work: Work, chips: int, chip: Chip, least: int = 1) -> list[tuple[int, int, int]]:
     """Meshes, the one of least time among those that fit first.
 
     Fewer chips may be faster: on 10 of 16 a population of 10 exchanges nothing, on 16 gradients.
+    With fewer than ``least`` a host would be idle, and it can't be: then they come last.
     """
 
-    def cost(mesh: tuple[int, int, int]) -> tuple[bool, float]:
+    def cost(mesh: tuple[int, int, int]) -> tuple[bool, bool, float]:
         here, seconds = estimate(work, mesh, chip)
-        return here > chip.memory, seconds
+        return math.prod(mesh) < least, here > chip.memory, seconds
 
     return sorted(meshes_of(chips, work.replicas, work.batch_size), key=cost)
 
@@ -107,13 +114,13 @@ def plan(
     run: Callable[[Any], None],
     make: Callable[..., Any],
     topology: str,
-    chips: int,
+    devices: Sequence[Any],
     shape: tuple[int, int, int] | None,
 ) -> str:
     """The report. ``run(mesh)`` begins the experiment, ``make(r, d, m)`` a mesh of the machine."""
     chip = CHIPS.get(topology.partition(":")[0])
     work = _planned(run, make(1, 1, 1)).work()
-    best = ranked(work, chips, chip or CORE)
+    best = ranked(work, len(devices), chip or CORE, fewest(devices))
     shapes, refused = [shape] if shape else best, ""
     for i, one in enumerate(shapes):
         try:
@@ -123,8 +130,11 @@ def plan(
             if i == len(shapes) - 1:
                 raise
             refused = refused or f"\n{_by(one)} can't be used by all of this experiment: {error}."
-    lines = list(report(planned.compile(), topology, chip))
+    found = planned.compile()
+    lines = list(report(found, topology, chip))
     some = (f"{_by(m)} ({_seconds(estimate(work, m, chip or CORE)[1])})" for m in best[:3])
+    if found.mesh.size < fewest(devices):
+        lines.append("As one run on all hosts it can't be used: a host has no chip in this mesh.")
     return (
         "\n".join([*lines, f"Of {len(best)} meshes that divide, by shapes: {', '.join(some)}."])
         + refused

@@ -170,6 +170,7 @@ def test_the_best_of_the_meshes_that_divide() -> None:
     small = {"params": 4e8, "state": 8e8, "data": 1e8, "flops": 4e12, "moved": 1e10, "kept": 3e9}
     ten = plan.Work(replicas=10, batch_size=128, **small)
     assert words.ranked(ten, 16, chip)[0] == (10, 1, 1)  # 2 x 8 x 1 would exchange gradients
+    assert words.ranked(ten, 16, chip, 13)[0] == (2, 8, 1)  # where four hosts have four chips each
     assert words.ranked(ten._replace(replicas=16), 16, chip)[0] == (16, 1, 1)
     alone = ten._replace(replicas=1, params=4e7, state=8e7, flops=4e14)
     assert words.ranked(alone, 16, chip)[0] == (1, 16, 1)
