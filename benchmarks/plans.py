@@ -89,16 +89,17 @@ def transformer(on: list, topology: str) -> Iterator[str]:
 
 
 def many(on: list, topology: str) -> Iterator[str]:
-    """1,000 replicas of 64-128-128-10 on digits, on the mesh of least time."""
-    data = examples(1437, 8, 8, 1)
+    """1,000 and 1,024 replicas of 64-128-128-10 on digits, on the mesh of least time."""
+    data, chip = examples(1437, 8, 8, 1), chip_of(topology)
     net = task.of_dataset(models.make(models.MLP(width=128, depth=2), 10), data)
     train = optim.Train(batch_size=64, momentum=0.9)
-    work = planned(net, data, train, 1000, mesh.make(devices=on)).work()
-    best = words.ranked(work, len(on), chip_of(topology) or words.CORE, words.fewest(on))[0]
     el2n = Score(scores.el2n, net, data, 1, "el2n")
-    where = mesh.make(*best, devices=on)
-    found = planned(net, data, train, 1000, where, [el2n]).compile()
-    yield from words.report(found, topology, chip_of(topology))
+    for count in (1000, 1024):
+        work = planned(net, data, train, count, mesh.make(devices=on)).work()
+        best = words.ranked(work, len(on), chip or words.CORE, words.fewest(on))[0]
+        where = mesh.make(*best, devices=on)
+        found = planned(net, data, train, count, where, [el2n]).compile()
+        yield from words.report(found, topology, chip)
 
 
 def chip_of(topology: str) -> words.Chip | None:

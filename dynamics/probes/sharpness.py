@@ -62,7 +62,8 @@ class Sharpness:
         self, carry: PyTree, state: TrainState, each: Each
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Both ends of the spectrum, f32[K]."""
-        warm = bool(carry["begun"].all())
+        begun = carry["begun"]
+        warm = not isinstance(begun, jax.core.Tracer) and bool(begun.all())  # planned: as at first
         own, batches = (state, carry["vector"]), self._batches
         driven = convolves(self.task, state, batches)
         about = (self.task, self.train, self.num_steps, self.preconditioned)
@@ -170,7 +171,8 @@ def _looped(
 
 def convolves(task: Task, state: TrainState, batches: Batch) -> bool:
     """Whether a product would convolve, on a CPU."""
-    if next(iter(state.step.devices())).platform != "cpu":
+    planned = isinstance(state.step, jax.core.Tracer)
+    if planned or next(iter(state.step.devices())).platform != "cpu":
         return False
     leaves, tree = jax.tree.flatten((state, batches))
     one = tuple(jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in leaves)
