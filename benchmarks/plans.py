@@ -4,6 +4,7 @@ Nothing is run, so no data are needed: what the examples are does not change a p
 """
 
 import argparse
+import dataclasses
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -76,12 +77,11 @@ def batch_of(count: int, *shape: int) -> tuple[Any, Any, Any]:
 def transformer(on: list, topology: str) -> Iterator[str]:
     """1.1e9 parameters, Adam, a sequence of 1,024 tokens a chip; sharpness by 10 products."""
     data = examples(4096, 1024, tokens=True)
-    net = models.Transformer(
-        width=2048, depth=20, num_heads=16, max_length=1024, precision="bfloat16"
-    )
-    made = task.of_dataset(models.make(net, 32768), data)
-    some = examples(len(on), 1024, tokens=True)
-    sharpness = Sharpness(made, some, 100, cold=10)
+    net = models.Transformer(width=2048, depth=20, num_heads=16, max_length=1024)
+    some = examples(len(on), 1024, tokens=True)  # of a product, which is in float32
+    sharpness = Sharpness(task.of_dataset(models.make(net, 32768), some), some, 100, cold=10)
+    half = dataclasses.replace(net, precision="bfloat16")
+    made = task.of_dataset(models.make(half, 32768), data)
     train = optim.Train(rule="adam", batch_size=len(on), weight_decay=0.1)
     where = mesh.make(1, len(on), 1, devices=on)
     found = planned(made, data, train, 1, where, [sharpness], mesh.FULLY_SHARDED).compile()

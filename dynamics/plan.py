@@ -244,8 +244,9 @@ def collectives(text: str, mesh: Mesh) -> tuple[Collective, ...]:
             if channel and (channel[0] in seen or seen.add(channel[0])):
                 continue
             shapes = re.findall(r"(\w+)\[([\d,]*)\]", found[1])
-            if "-start(" in line and len(shapes) > 1:  # operands and results of a pair
-                shapes = shapes[len(shapes) // 2 :]
+            if f"{found[2]}-start(" in line and found[2] in ("all-gather", "collective-permute"):
+                shapes = [one for one in shapes if one != ("u32", "")]  # what a permute counts by
+                shapes = shapes[len(shapes) // 2 :]  # of operands and results
             size = sum(_size(kind, dims) for kind, dims in shapes)
             key = (found[2], _axes(line, mesh), size)
             counts[key] = counts.get(key, 0) + 1

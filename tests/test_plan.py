@@ -151,6 +151,11 @@ def test_the_reader_of_groups() -> None:
         plan.collectives("%a = f32[4] all-reduce(%x), replica_groups=some_day, to", where)
     (found,) = plan.collectives(f"{pair}\n%d = bf16[32,2] all-gather-done(%s)", where)
     assert (found.kind, found.bytes, found.count) == ("all-gather", 128, 1)
+    ring = "collective-permute-start(%x), channel_id=9, source_target_pairs={{0,2},{2,0}}"
+    text = f"%p = (f32[8,2]{{1,0}}, f32[8,2]{{1,0}}, u32[]{{:S(2)}}, u32[]{{:S(2)}}) {ring}"
+    assert plan.collectives(text, where)[0].bytes == 64
+    two = "%r = (f32[8]{0}, f32[4]{0}) all-reduce-start(%x, %y), replica_groups=[2,4]<=[8]"
+    assert plan.collectives(two, where)[0].bytes == 48
 
 
 def test_times_and_meshes() -> None:
