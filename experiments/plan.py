@@ -177,7 +177,9 @@ def report(plan: Plan, topology: str, chip: Chip | None) -> Iterator[str]:
         yield ""
         yield from described(program, chip, shape, "a step" if program is step else "a measurement")
     for name, why in plan.unplanned.items():
-        yield f"\n{name}: not compiled, it reads numbers on the host ({why})"
+        full = "RESOURCE_EXHAUSTED" in why
+        because = "IT DOES NOT FIT" if full else "not compiled, it reads numbers on the host"
+        yield f"\n{name}: {because} ({why})"
     yield ""
     yield "A loop's body counts once, as a step does; times are lower bounds, nothing overlapped."
     if chip and len(plan.programs) > 1:
