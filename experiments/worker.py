@@ -1,6 +1,5 @@
 """What a worker of a sweep does: one unit after another, none that another process computes."""
 
-import fcntl
 import importlib
 import itertools
 import os
@@ -32,6 +31,11 @@ def alone(home: Path, points: Sequence[Any], *, wait: bool) -> Iterator[bool]:
     """
     import jax
 
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield True
+        return
     if jax.process_index() or done(home, points):
         yield True
         return

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from dynamics import curvature, population
 from dynamics.optim import Train
@@ -63,7 +64,7 @@ class Sharpness:
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Both ends of the spectrum, f32[K]."""
         begun = carry["begun"]
-        warm = not isinstance(begun, jax.core.Tracer) and bool(begun.all())  # planned: as at first
+        warm = not isinstance(begun, Tracer) and bool(begun.all())  # planned: as at first
         own, batches = (state, carry["vector"]), self._batches
         driven = convolves(self.task, state, batches)
         about = (self.task, self.train, self.num_steps, self.preconditioned)
@@ -171,7 +172,7 @@ def _looped(
 
 def convolves(task: Task, state: TrainState, batches: Batch) -> bool:
     """Whether a product would convolve, on a CPU."""
-    planned = isinstance(state.step, jax.core.Tracer)
+    planned = isinstance(state.step, Tracer)
     if planned or next(iter(state.step.devices())).platform != "cpu":
         return False
     leaves, tree = jax.tree.flatten((state, batches))
