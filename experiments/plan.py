@@ -120,7 +120,8 @@ def plan(
     """The report. ``run(mesh)`` begins the experiment, ``make(r, d, m)`` a mesh of the machine."""
     chip = CHIPS.get(topology.partition(":")[0])
     work = _planned(run, make(1, 1, 1)).work()
-    best = ranked(work, len(devices), chip or CORE, fewest(devices))
+    least = fewest(devices)
+    best = ranked(work, len(devices), chip or CORE, least)
     shapes, refused = [shape] if shape else best, ""
     for i, one in enumerate(shapes):
         try:
@@ -133,7 +134,7 @@ def plan(
     found = planned.compile()
     lines = list(report(found, topology, chip))
     some = (f"{_by(m)} ({_seconds(estimate(work, m, chip or CORE)[1])})" for m in best[:3])
-    if found.mesh.size < fewest(devices):
+    if found.mesh.size < least:
         lines.append("As one run on all hosts it can't be used: a host has no chip in this mesh.")
     return (
         "\n".join([*lines, f"Of {len(best)} meshes that divide, by shapes: {', '.join(some)}."])

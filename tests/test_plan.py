@@ -119,6 +119,19 @@ def test_a_program_for_every_batch_is_compiled_once(monkeypatch: Any) -> None:
     assert len(count) == len(found.programs) == 2
 
 
+def test_scores_are_split_over_the_data_axis() -> None:
+    """Four devices of a replica do a quarter of the work each; of an odd batch each does all."""
+    p = tiny.problem("mlp")
+
+    def flops(devices: int, size: int) -> float:
+        probe = Evaluate(p.task, p.data, 5, batch_size=size)
+        run = planned("mlp", there("cpu:4", 1, devices, 1), 1, probes=[probe])
+        return run.compile().programs[1].flops
+
+    assert flops(4, 40) < 0.4 * flops(1, 40)
+    assert flops(4, 5) > 0.9 * flops(1, 5)
+
+
 @pytest.mark.parametrize("kind", ["convnet"])
 def test_a_step_that_is_dispatched(kind: str) -> None:
     found = planned(kind, there("cpu:8", 2, 4, 1), 4).compile(probes=False)
