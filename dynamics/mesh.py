@@ -4,6 +4,7 @@ The only file that names mesh axes. All meshes have Auto axis types: under Expli
 per-example gradients of convolutions fail.
 """
 
+import dataclasses
 import importlib.util
 import logging
 import math
@@ -11,7 +12,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
 
 from dynamics import hosts
-from dynamics.types import Leaf, PyTree
+from dynamics.types import Leaf, Lies, PyTree, TrainState
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ TPUS = {"v4": "2x2x1", "v5e": "4x4", "v5p": "4x4x4", "v6e": "4x4"}  # and the sh
 Rule = Callable[[tuple[int, ...], Mesh], PartitionSpec]
 Rules = Sequence[tuple[str, Rule]]
 """(regular expression over a leaf's path, rule): the first whose expression is found is used."""
+Layout = Callable[[PyTree], PyTree]
+"""``Task.layout``: how a task's extras lie."""
 
 
 def start(*, cache: bool = True) -> None:
@@ -171,11 +174,18 @@ def put(tree: PyTree, where: Any, mesh: Mesh) -> PyTree:
     """
     if is_elsewhere(mesh):
         return placed(tree, where)
+    where = _over_all(where, tree)
     if hosts.count() == 1:
         return jax.device_put(tree, where)
-    if isinstance(where, NamedSharding):
-        return jax.tree.map(lambda x: _own_part(x, where), tree)
     return jax.tree.map(_own_part, tree, where)
+
+
+def _over_all(where: Any, tree: PyTree) -> PyTree:
+    """A sharding for each leaf; where one is given for all, scalars (a clock) lie everywhere."""
+    if not isinstance(where, NamedSharding):
+        return where
+    scalar = NamedSharding(where.mesh, PartitionSpec())
+    return jax.tree.map(lambda x: where if np.ndim(x) else scalar, tree)
 
 
 def _own_part(x: Any, where: NamedSharding) -> jax.Array:
@@ -231,14 +241,12 @@ def placed(tree: PyTree, where: Any) -> PyTree:
         x = x if hasattr(x, "dtype") else np.asarray(x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
 
-    if isinstance(where, NamedSharding):
-        return jax.tree.map(lambda x: shape(x, where), tree)
-    return jax.tree.map(shape, tree, where)
+    return jax.tree.map(shape, tree, _over_all(where, tree))
 
 
-def shaped(state: PyTree, mesh: Mesh, rules: "Rules") -> PyTree:
-    """The shapes of what lies with its replica, by the rules."""
-    return placed(state, shardings(state, mesh, rules))
+def shaped(state: PyTree, mesh: Mesh, rules: Rules, layout: Layout | None = None) -> PyTree:
+    """The shapes of what lies with its replica, by ``shardings``."""
+    return placed(state, shardings(state, mesh, rules, layout))
 
 
 def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:
@@ -353,31 +361,57 @@ def over_examples(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
 
 
 TENSOR_PARALLEL: Rules = (
-    (r"targets", over_examples),
     (r"kernel|embedding", last_over_model),
     (r"", replicated),
 )
 FULLY_SHARDED: Rules = (
-    (r"targets", over_examples),
     (r"embedding", table),
     (r"kernel|scale|bias", largest_over_data),
     (r"", replicated),
 )
 
 
-def shardings(state: PyTree, mesh: Mesh, rules: Rules = TENSOR_PARALLEL) -> PyTree:
+DECLARED: dict[Lies, Rule] = {"examples": over_examples, "replicated": replicated}
+
+
+def shardings(
+    state: PyTree, mesh: Mesh, rules: Rules = TENSOR_PARALLEL, layout: Layout | None = None
+) -> PyTree:
     """A NamedSharding for every leaf of a population's state, by its path.
 
     Optimizer state and averages carry the path of the parameter they belong to, so one rule places
-    all of them. ValueError: no rule matches.
+    all of them. ``layout`` is a task's, for what it declares of the extras of a TrainState (None:
+    they lie by the rules, too). ValueError: no rule matches; a layout that is no prefix of the
+    extras, or of other words than ``Lies``.
     """
 
-    def place(path: tuple, leaf: Leaf) -> NamedSharding:
+    def place(path: tuple, leaf: Leaf, lies: Lies) -> NamedSharding:
+        if leaf.ndim == 0:  # the clock of a population, which all members share
+            return everywhere(mesh)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        for pattern, rule in rules:
+        for pattern, rule in [("", DECLARED[lies])] if lies in DECLARED else rules:
             if re.search(pattern, name):
                 spec = rule(tuple(leaf.shape[1:]), mesh)
                 return NamedSharding(mesh, PartitionSpec("replica", *spec))
         raise ValueError(f"no sharding rule matches {name!r}; end the rules with ('', replicated)")
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    words = jax.tree.map(lambda part: _words(part, layout), state, is_leaf=_is_state)
+    return jax.tree_util.tree_map_with_path(place, state, words)
+
+
+def _is_state(part: Any) -> bool:
+    return isinstance(part, TrainState)
+
+
+def _words(part: PyTree, layout: Layout | None) -> PyTree:
+    """How each leaf lies, as a tree like the part's."""
+
+    def spread(lies: Any, tree: PyTree) -> PyTree:
+        if lies not in get_args(Lies):
+            raise ValueError(f"a task's layout must be of {get_args(Lies)}, got {lies!r}")
+        return jax.tree.map(lambda _: lies, tree)
+
+    alike = spread("parameters", part)
+    if layout is None or not _is_state(part):
+        return alike
+    return dataclasses.replace(alike, extras=jax.tree.map(spread, layout(part.extras), part.extras))

@@ -7,7 +7,7 @@ probes run.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from dynamics import mesh as meshes
 from dynamics import population
 from dynamics.chunk import Chunk
-from dynamics.types import Probe, PyTree, StepProbe, TrainState
+from dynamics.task import by_value
+from dynamics.types import Context, Dataset, Probe, PyTree, StepProbe, Task, TrainState
 from dynamics.watch import Fold
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -91,22 +92,29 @@ class Planned(Exception):  # noqa: N818 - no error: the end of what can be done 
         self,
         chunk: Callable[[], Chunk],
         state: TrainState,
+        task: Task,
         probes: Sequence[Probe],
+        data: Mapping[str, Dataset],
         num_steps: int,
         batch_size: int,
     ):
         """``chunk`` makes the chunk: that traces the step."""
         super().__init__("a mesh of a machine that is not here: fit can compile for it, not run")
         self._chunk, self._state, self._probes = chunk, state, probes
-        self.replicas, self.batch_size, self.num_steps = len(state.step), batch_size, num_steps
+        self._task, self._data = task, data
+        self.replicas, self.batch_size, self.num_steps = (
+            population.size(state),
+            batch_size,
+            num_steps,
+        )
 
     def work(self) -> Work:
         """What a step takes, in about a second: to choose a mesh by."""
         chunk, k = self._chunk(), self.replicas
-        one = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-        member = jax.eval_shape(one, (self._state, chunk.own))
+        take = lambda tree: population.take(tree, 0)  # noqa: E731
+        member = jax.eval_shape(take, (self._state, chunk.own))
         flops, moved, kept = counted(
-            jax.make_jaxpr(chunk._advance)(*member, chunk._fed_shapes(), chunk.shared)
+            jax.make_jaxpr(chunk.program.advance)(*member, chunk.fed_shapes, chunk.shared)
         )
         return Work(
             replicas=k,
@@ -122,13 +130,13 @@ class Planned(Exception):  # noqa: N818 - no error: the end of what can be done 
     def compile(self, *, probes: bool = True) -> Plan:
         """Compile the chunk, and the probes."""
         chunk = self._chunk()
-        state = meshes.placed(self._state, chunk.where)
+        state = meshes.placed(self._state, chunk.program.where)
         programs, unplanned = [], {}
         aux, compiled = chunk.compiled(state)
         programs.append(read("step", compiled, chunk.mesh))
         for probe in self._probes if probes else ():
             try:
-                programs += _of_probe(probe, chunk, state, aux)
+                programs += self._of_probe(probe, chunk, state, aux)
             except Exception as error:  # whatever a probe does with numbers that are not there
                 unplanned[probe.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         return Plan(
@@ -143,6 +151,45 @@ class Planned(Exception):  # noqa: N818 - no error: the end of what can be done 
             programs=tuple(programs),
             unplanned=unplanned,
         )
+
+    def _of_probe(
+        self, probe: Probe, chunk: Chunk, state: TrainState, aux: PyTree
+    ) -> list[Program]:
+        """The programs of a probe: its fold over a chunk, or what it runs at the first step."""
+        if isinstance(probe, StepProbe):
+            fold = Fold(probe, chunk.mesh, chunk.program.how)
+            carry = meshes.placed(
+                jax.eval_shape(fold.init, state), meshes.over_replicas(chunk.mesh)
+            )
+            compiled = fold.run.lower(carry, aux, np.int32(1)).compile()
+            return [read(probe.name, compiled, chunk.mesh)]
+        found: dict[Any, tuple[Program, PyTree]] = {}  # data go through one program batch by batch
+
+        def each(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
+            def all_replicas(own: PyTree, *shared: PyTree) -> PyTree:
+                mine = meshes.shaped(own, chunk.mesh, chunk.rules, chunk.layout)
+                rest = meshes.placed(shared, meshes.everywhere(chunk.mesh))
+                key = (by_value(fn), str(jax.tree.map(lambda x: (x.shape, x.dtype), (mine, rest))))
+                if key not in found:
+                    spread = jax.jit(population.spread(fn, chunk.mesh, chunk.program.how))
+                    lowered = spread.lower(mine, *rest)
+                    tpu = chunk.mesh.devices.flat[0].platform == "tpu"
+                    options: dict[str, Any] = {"compiler_options": QUICK} if tpu else {}
+                    compiled = lowered.compile(**options)
+                    found[key] = read(probe.name, compiled, chunk.mesh), lowered.out_info
+                zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
+                return jax.tree.map(zeros, found[key][1])
+
+            return all_replicas
+
+        context = Context(self._task, each, chunk.mesh, self._data)
+
+        def measure(state: TrainState) -> PyTree:
+            return probe.measure(context, probe.start(context, state), state)
+
+        jax.eval_shape(measure, state)
+        unique = {(p.arguments, p.temporary, p.flops): p for p, _ in found.values()}
+        return list(unique.values())
 
 
 def held(tree: PyTree) -> int:
@@ -181,37 +228,6 @@ def _whole(tree: PyTree) -> int:
 def _width(x: Any) -> int:
     key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
     return 8 if key else x.dtype.itemsize
-
-
-def _of_probe(probe: Probe, chunk: Chunk, state: TrainState, aux: PyTree) -> list[Program]:
-    """The programs of a probe: its fold over a chunk, or what it runs on the first measurement."""
-    if isinstance(probe, StepProbe):
-        fold = Fold(probe, chunk.mesh, chunk.how)
-        carry = meshes.placed(jax.eval_shape(fold.init, state), meshes.over_replicas(chunk.mesh))
-        compiled = fold.run.lower(carry, aux, np.int32(1)).compile()
-        return [read(probe.name, compiled, chunk.mesh)]
-    found: dict[Any, tuple[Program, PyTree]] = {}  # data go through one program batch by batch
-
-    def each(fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-        def all_replicas(own: PyTree, *shared: PyTree) -> PyTree:
-            mine = meshes.shaped(own, chunk.mesh, chunk.rules)
-            rest = meshes.placed(shared, meshes.everywhere(chunk.mesh))
-            key = (fn, str(jax.tree.map(lambda x: (x.shape, x.dtype), (mine, rest))))
-            if key not in found:
-                spread = jax.jit(population.spread(fn, chunk.mesh, chunk.how))
-                lowered = spread.lower(mine, *rest)
-                tpu = chunk.mesh.devices.flat[0].platform == "tpu"
-                options: dict[str, Any] = {"compiler_options": QUICK} if tpu else {}
-                compiled = lowered.compile(**options)
-                found[key] = read(probe.name, compiled, chunk.mesh), lowered.out_info
-            zeros = lambda x: jnp.zeros(x.shape, x.dtype)  # noqa: E731
-            return jax.tree.map(zeros, found[key][1])
-
-        return all_replicas
-
-    jax.eval_shape(lambda s: probe.measure(probe.start(s, each), s, each), state)
-    unique = {(p.arguments, p.temporary, p.flops): p for p, _ in found.values()}
-    return list(unique.values())
 
 
 # ---- reading a compiled program -----------------------------------------------------------------

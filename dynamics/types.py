@@ -4,10 +4,12 @@ Arrays live in ``struct.dataclass`` (pytrees), functions in ``NamedTuple`` (stat
 written for one replica; ``population`` adds the leading axis.
 """
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import numpy as np
 from flax import struct
 
 PyTree = Any
@@ -15,8 +17,13 @@ Leaf = Any  # an array; a ShapeDtypeStruct, sharding or spec where the tree desc
 Key = jax.Array
 Scalars = Mapping[str, Any]
 
-INIT, ORDER, LOSS, AUGMENT, PROBE = range(5)  # purposes a root key is folded with
+INIT, ORDER, LOSS, AUGMENT, PROBE, OPTIMIZER = range(6)  # purposes a root key is folded with
 NEVER = 2**31 - 1  # the step at which something that has not happened happened
+IGNORED = -100
+"""The label of what has none: an example, a token, a pixel. Its loss is 0 and gives no gradient; it
+counts in no mean over labels, accuracy or score, is never drawn as noise and never corrected. An
+example all of whose labels are ignored has loss 0, and NaN for a score. Other conventions (255 in
+many segmentations) are converted where data come in: ``np.where(y == 255, IGNORED, y)``."""
 
 
 @struct.dataclass
@@ -29,18 +36,32 @@ class TrainState:
     opt_state: PyTree
     hyperparameters: dict[str, Leaf]  # f32[]: scalars that may differ between replicas
     key: Leaf  # [*r]: root key, never split: fold_in(fold_in(key, purpose), step)
-    diverged: Leaf  # i32[*r]: the first step whose loss was not finite, NEVER until then
+    diverged: Leaf  # i32[*r]: the first step that was not finite (step.make), NEVER until then
 
 
 @struct.dataclass
 class Dataset:
-    """Examples as stored, in the order of the file; ``x`` is normalised where it is used."""
+    """Examples as stored; ``x`` is normalised where it is used.
+
+    ``row`` is each example's place in the dataset of the run, whatever part of it this is: 0..n - 1
+    where examples are loaded (None), kept by ``data.subset``. It is what ``Batch.index`` carries,
+    so tables and metrics with a row for each example mean the same one everywhere. ``file_row`` is
+    its place in the file (None: ``row``), to be published; nothing is computed from it.
+    """
 
     x: Leaf  # [n ...]: uint8 images stay uint8; tokens stay integers
-    y: Leaf  # [n ...]
-    index: Leaf  # i32[n]: the place of each row in the file it came from
+    y: Leaf  # [n ...]: integers (classes or IGNORED), floats (targets, soft labels [n ... classes])
     mean: Leaf  # f32[...]: broadcast against one example
     std: Leaf  # f32[...]
+    row: Leaf = None  # i32[n]
+    file_row: Leaf = None  # i32[n]
+
+    def __post_init__(self) -> None:
+        # trees of the same form hold shardings, shapes or nothing in the place of arrays
+        if self.row is None and hasattr(self.x, "shape"):
+            object.__setattr__(self, "row", np.arange(self.x.shape[0], dtype=np.int32))
+        if self.file_row is None:
+            object.__setattr__(self, "file_row", self.row)
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -51,8 +72,8 @@ class Batch:
     """What one step is computed on."""
 
     x: Leaf  # [b ...]
-    y: Leaf  # [b ...]
-    index: Leaf  # i32[b]: the example's row in the dataset, never reordered
+    y: Leaf  # [b ...]: i32 classes (or IGNORED), or f32 targets
+    index: Leaf  # i32[b]: ``Dataset.row`` of the examples
     weight: Leaf | None = None  # f32[b]: factor of each example's loss; None: 1
 
 
@@ -68,6 +89,16 @@ class Aux:
 
 
 @struct.dataclass
+class Info:
+    """What a step knew, of the parameters before its update."""
+
+    aux: Aux
+    grads: PyTree  # like the parameters: the mean over the microbatches
+    updates: PyTree  # like the parameters: what the optimizer adds to them
+    squares: Leaf | None = None  # f32[accumulate]: |gradient|^2 of each microbatch; None for one
+
+
+@struct.dataclass
 class Written:
     """Rows of a table in ``extras`` that a step writes: in their place, if the step counts.
 
@@ -79,11 +110,28 @@ class Written:
     rows: Leaf  # [b ...]
 
 
-class Task(NamedTuple):
-    """A model and a loss as three pure functions of one replica."""
+Lies = Literal["parameters", "examples", "replicated"]
+"""Where an array of ``extras`` lies on the mesh: as rules say by its path, like a parameter; a row
+for each example, split over all devices of a replica where they divide it; or a copy on each."""
 
-    init: Callable[[Key], tuple[PyTree, PyTree]]
-    """``key -> (params, extras)``"""
+
+def _like_parameters(extras: PyTree) -> PyTree:
+    return "parameters"
+
+
+def _as_they_are(params: PyTree, extras: PyTree) -> tuple[PyTree, PyTree]:
+    return params, extras
+
+
+class Task(NamedTuple):
+    """A model and a loss as pure functions of one replica.
+
+    Compiled programs are found again by the task: ``task.of_methods`` makes one that is equal to
+    another of equal parts.
+    """
+
+    init: Callable[[Key, Scalars], tuple[PyTree, PyTree]]
+    """``(key, hyperparameters) -> (params, extras)``; the hyperparameters are the replica's."""
     loss: Callable[[PyTree, PyTree, Batch, Key, Scalars], tuple[jax.Array, tuple[PyTree, Aux]]]
     """``(params, extras, batch, key, hyperparameters) -> (scalar, (extras, aux))``, training mode.
     The scalar is the mean over the batch of ``weight * loss`` plus whatever the method adds;
@@ -91,6 +139,21 @@ class Task(NamedTuple):
     evaluate: Callable[[PyTree, PyTree, Batch, Scalars], Aux]
     """``(params, extras, batch, hyperparameters) -> aux``, evaluation mode: no example depends on
     another, nothing is random."""
+    network: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] = _as_they_are
+    """``(params, extras) -> (params, extras)`` of the module, which ``module.apply`` takes: those
+    given, unless other things are trained (coordinates in a subspace, two networks) or extras hold
+    more than the module's own. What reads weights by the module's names reads these."""
+    layout: Callable[[PyTree], PyTree] = _like_parameters
+    """``extras -> Lies`` of all of them, or a tree of ``Lies`` that is a prefix of theirs."""
+    bare: "Task | None" = None
+    """The task of what ``network`` returns, without what is added in training; None: this one."""
+    num_examples: int | None = None
+    """Of the dataset that its tables have rows for; None: it has none, and takes any."""
+
+    def read(self, state: TrainState) -> "tuple[Task, TrainState]":
+        """The module's own weights as a task and a state: equal outputs, but for two networks."""
+        params, extras = self.network(state.params, state.extras)
+        return self.bare or self, dataclasses.replace(state, params=params, extras=extras)
 
 
 class Stream(NamedTuple):
@@ -107,10 +170,38 @@ class Stream(NamedTuple):
     own: PyTree  # every leaf has a leading replica axis
     batch_size: int
     host: Callable[..., Iterator[PyTree]] | None = None
+    num_examples: int | None = None  # of the dataset that Batch.index counts in, where it is known
 
 
 Each = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]
-"""``each(fn)(own, *shared)``: compile ``fn`` of one replica and run it for every replica."""
+"""``each(fn)(own, *shared)``: ``fn`` of one member, run for every member. Programs are found again
+by the equality of ``fn``: a module's function, or a method of a frozen dataclass."""
+
+
+class Context:
+    """What a probe or a revision of a run may use, so that it holds no copies of its own."""
+
+    def __init__(
+        self,
+        task: Task,
+        each: Each,
+        mesh: Any,
+        data: Mapping[str, Dataset],
+        convolves: bool = False,
+    ):
+        """``convolves``: the step does, on a CPU, where a compiled loop must not hold it."""
+        self.task, self.each, self.mesh, self.convolves = task, each, mesh, convolves
+        self.data = dict(data)
+        self.kept: dict[Any, Any] = {}  # what probes made of the data, for the next measurement
+
+    def examples(self, name: str) -> Dataset:
+        """The data set of a name. ValueError: ``fit`` was given none of that name."""
+        if name not in self.data:
+            raise ValueError(
+                f"a probe looks at the data {name!r}, fit was given {sorted(self.data)}: pass "
+                f"data={{{name!r}: ...}}"
+            )
+        return self.data[name]
 
 
 @runtime_checkable
@@ -118,7 +209,8 @@ class StepProbe(Protocol):
     """Reads what every training step already knew, so it costs no forward pass.
 
     Both functions are pure and of one replica. ``fold`` runs for every step; its metrics are
-    recorded at the cadence ``every``: an interval in steps, or the exact steps.
+    recorded at the cadence ``every``: an interval in steps, or the exact steps. A frozen dataclass:
+    equal probes share their compiled programs. ``dims`` may name the axes of what is no scalar.
     """
 
     name: str
@@ -134,23 +226,40 @@ class StepProbe(Protocol):
 
 
 @runtime_checkable
+class Observer(Protocol):
+    """Reads what a step knew beside its examples: gradient and update.
+
+    It is pure, of one replica, and compiled into the step of every run that declares it, so it may
+    change how the compiler rounds the rest. Its metrics are scalars, in the rows of each step as
+    ``<name>.<metric>``.
+    """
+
+    name: str
+
+    def observe(self, state: TrainState, info: Info) -> dict[str, jax.Array]:
+        """The metrics of a step, from the state before its update."""
+        ...
+
+
+@runtime_checkable
 class StateProbe(Protocol):
     """Computes something from the state of the population at the cadence ``every``.
 
-    It runs on the host and dispatches functions of one replica through ``each``. Metrics have a
-    leading replica axis: a scalar per replica becomes a column of the rows, anything larger an
-    array named ``<probe>.<metric>@<step>``.
+    It runs on the host and dispatches functions of one member through ``context.each``, which
+    finds the program of an equal function again. Metrics have a leading member axis: a scalar per
+    member becomes a column of the probe's frame, anything larger a labelled array, whose other axes
+    ``dims`` may name. No metrics at all leave no row.
     """
 
     name: str
     every: int | Collection[int]
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """The carry before the first measurement; ``()`` if nothing is remembered."""
         ...
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The new carry, and the metrics of the state after ``state.step`` updates."""
         ...
@@ -171,20 +280,22 @@ class Revision(Protocol):
     name: str
     every: int | Collection[int]
 
-    def start(self, own: PyTree, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, own: PyTree, state: TrainState) -> PyTree:
         """The carry before the first step, from the stream's ``own``."""
         ...
 
     def revise(
-        self, carry: PyTree, own: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, own: PyTree, state: TrainState
     ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         """The new carry, the new ``own`` of the same shapes, and metrics as a StateProbe's."""
         ...
 
 
 class Results(NamedTuple):
-    """What a run leaves behind."""
+    """What a run leaves behind; frames are polars tables."""
 
-    rows: dict[str, Any]  # column -> values: a long table, one row per (step, replica)
-    arrays: dict[str, Any]  # name -> numpy array, replica axis first
+    rows: Any  # a row for each (step, member) recorded: its loss and what the task records
+    measured: dict[str, Any]  # probe -> a row for each (step, member) measured, its scalars
+    arrays: dict[tuple[str, str], Any]  # (probe, metric) -> record.Array: step, member, ...
+    status: Any  # a row for each member: finished or diverged, and the step
     state: TrainState | None = None

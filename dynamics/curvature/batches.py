@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dynamics import mesh as meshes
 from dynamics.curvature.operator import Operator
-from dynamics.data.stream import take
+from dynamics.data.rows import take
 from dynamics.types import Batch, Dataset, PyTree
 
 Join = Callable[[PyTree], PyTree]
@@ -37,8 +37,7 @@ def cut(arrays: PyTree, size: int | None = None) -> PyTree:
 
 def cut_dataset(data: Dataset, size: int | None = None) -> Batch:
     """A dataset, normalised, as microbatches [n / size, size, ...]; ValueError as ``cut``."""
-    here = data.replace(x=jnp.asarray(data.x), y=jnp.asarray(data.y))  # pyright: ignore
-    return cut(take(here, jnp.arange(len(data), dtype=jnp.int32)), size)
+    return cut(take(jax.tree.map(jnp.asarray, data), slice(None)), size)
 
 
 def select(params: PyTree, only: str) -> PyTree:

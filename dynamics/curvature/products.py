@@ -125,7 +125,9 @@ def of_task(
 ) -> Operator:
     """The Hessian of a task's mean loss in evaluation mode at the state of one replica.
 
-    Batches: ``cut_dataset``. Options, cost: ``hessian``.
+    By the parameters that the task trains. By the module's own, where these are others (coordinates
+    in a subspace, two networks), and for a ``mask`` by their names: ``of_task(*task.read(state),
+    batches)``. Batches: ``cut_dataset``. Options, cost: ``hessian``.
     """
     rest, more = (state.extras, state.hyperparameters), (mask, unroll, mesh, sharded)
     loss = mean_loss(task)

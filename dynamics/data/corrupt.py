@@ -1,6 +1,7 @@
 """Label noise: some labels replaced, and the record of which are wrong now.
 
-Every model draws new labels and ends in ``noisy``. Draws rank or reduce the raw output of PCG64,
+Every model draws new labels and ends in ``noisy``; an example without a label (``IGNORED``) stays
+so, and counts in no rate. Draws rank or reduce the raw output of PCG64,
 which numpy guarantees: one seed gives the same noise on every machine and version.
 """
 
@@ -10,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
+
+from dynamics.types import IGNORED
 
 # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
 CIFAR10_CONFUSED = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
@@ -33,13 +36,14 @@ class Noisy(NamedTuple):
     labels: Int32[np.ndarray, "n"]
     clean: Int32[np.ndarray, "n"]
     mask: Bool[np.ndarray, "n"]  # True where the label is wrong now
-    rate: float  # the part that is wrong: the mean of the mask
+    rate: float  # the part of the labels that is wrong: the mean of the mask
 
 
 def noisy(clean: Integer[np.ndarray, "n"], labels: Integer[np.ndarray, "n"]) -> Noisy:
     """What every noise model returns, from the labels before and after."""
     mask = labels != clean
-    return Noisy(labels.astype(np.int32), clean.astype(np.int32), mask, float(mask.mean()))
+    rate = float(mask[clean != IGNORED].mean())
+    return Noisy(labels.astype(np.int32), clean.astype(np.int32), mask, rate)
 
 
 def symmetric(y: Integer[np.ndarray, "n"], rate: float, num_classes: int, seed: int) -> Noisy:
@@ -93,7 +97,7 @@ def circular(
     """
     members = [label for block in blocks for label in block]
     check(y, rate, int(max([1, *members, *y])) + 1)
-    lost = set(np.unique(y).tolist()) - set(members)
+    lost = set(np.unique(y).tolist()) - set(members) - {IGNORED}
     if lost or len(set(members)) < len(members) or any(len(block) < 2 for block in blocks):
         raise ValueError(
             f"blocks must hold every label once, in blocks of 2 or more; missing {sorted(lost)}, "
@@ -117,9 +121,11 @@ def transition(y: Integer[np.ndarray, "n"], matrix: Float[np.ndarray, "c c"], se
         raise ValueError(f"rows of the matrix must be >= 0 and sum to 1, got {rows.sum(axis=1)}")
     ends = np.cumsum(rows / rows.sum(axis=1, keepdims=True), axis=1)
     uniform = (_words("transition", len(y), seed) >> np.uint64(11)) * 2.0**-53
-    labels = (uniform[:, None] >= ends[y]).sum(axis=1)
+    known = y != IGNORED
+    some = np.where(known, y, 0)
+    labels = (uniform[:, None] >= ends[some]).sum(axis=1)
     last = np.array([np.flatnonzero(row)[-1] for row in rows])  # where rounding leaves ends < 1
-    return noisy(y.astype(np.int64), np.minimum(labels, last[y]))
+    return noisy(y.astype(np.int64), np.where(known, np.minimum(labels, last[some]), IGNORED))
 
 
 def _renamed(y: np.ndarray, to: dict[int, int], count: Callable[[int], int], seed: int) -> Noisy:
@@ -135,8 +141,10 @@ def _renamed(y: np.ndarray, to: dict[int, int], count: Callable[[int], int], see
 def _shifted(y: np.ndarray, rate: float, num_classes: int, seed: int, shift: np.ndarray) -> Noisy:
     """The labels of round(rate n) examples moved on by ``shift``, modulo the number of classes."""
     check(y, rate, num_classes)
-    chosen = np.argsort(_words("flip", len(y), seed), kind="stable")[: round(rate * len(y))]
     clean = y.astype(np.int64)
+    order = np.argsort(_words("flip", len(y), seed), kind="stable")
+    order = order[clean[order] != IGNORED]
+    chosen = order[: round(rate * len(order))]
     labels = clean.copy()
     labels[chosen] = (clean[chosen] + shift[chosen].astype(np.int64)) % num_classes
     return noisy(clean, labels)
@@ -148,6 +156,9 @@ def check(y: np.ndarray, rate: float, num_classes: int) -> None:
         raise ValueError(f"num_classes must be >= 2 for a label to be wrong, got {num_classes}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be >= 0 and <= 1, got {rate!r}")
+    if not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y must be integer labels, got {y.dtype}")
+    y = y[y != IGNORED]
     if not len(y):
         raise ValueError("y must hold at least one label, got none")
     if y.min() < 0 or y.max() >= num_classes:

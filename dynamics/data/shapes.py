@@ -16,13 +16,12 @@ import numpy as np
 from jaxtyping import Bool, Int32, Integer
 from scipy import ndimage
 
-from dynamics.types import Dataset
+from dynamics.types import IGNORED, Dataset
 
 NAMES = ("background", "disk", "square")
 NUM_CLASSES = len(NAMES)
 RADIUS, HALF_WIDTH = (6.0, 8.5), (2.5, 4.0)
 GAP = 4.0  # pixels between the two shapes
-IGNORED = 255  # a pixel without a label
 SQUARE = np.ones((3, 3), bool)
 
 
@@ -32,7 +31,7 @@ class NoisyMasks(NamedTuple):
     labels: Int32[np.ndarray, "n h w"]
     clean: Int32[np.ndarray, "n h w"]
     mask: Bool[np.ndarray, "n h w"]  # True where the label is wrong now
-    rate: float  # the part that is wrong: the mean of the mask
+    rate: float  # the part that is wrong, of the pixels that have a label
 
 
 def shapes(seed: int, *, n: int, size: int = 32, noise: float = 0.5) -> Dataset:
@@ -52,7 +51,6 @@ def shapes(seed: int, *, n: int, size: int = 32, noise: float = 0.5) -> Dataset:
     return Dataset(
         x=x.astype(np.float32),
         y=y,
-        index=np.arange(n, dtype=np.int32),
         mean=np.zeros((1, 1), np.float32),
         std=np.ones((1, 1), np.float32),
     )
@@ -78,7 +76,7 @@ def outlines(
         ]
     )
     mask = labels != clean
-    return NoisyMasks(labels, clean.astype(np.int32), mask, float(mask.mean()))
+    return NoisyMasks(labels, clean.astype(np.int32), mask, float(mask[clean != IGNORED].mean()))
 
 
 def _moved(clean: np.ndarray, grows: bool, times: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """A config to datasets: which files, which of their rows, and what they are normalised with.
 
-A row keeps its place for ever: ``index`` counts the rows of the file it came from (for CIFAR those
-of data_batch_1..5 one after the other), whatever subset is loaded. Every random choice ranks the
-raw output of PCG64, whose stream numpy guarantees, unlike that of its Generator or of
+An example keeps its place for ever: ``file_row`` counts the rows of the file it came from (for
+CIFAR those of data_batch_1..5 one after the other), whatever subset is loaded. Every random choice
+ranks the raw output of PCG64, whose stream numpy guarantees, unlike that of its Generator or of
 scikit-learn's splitters: one seed chooses the same rows on every machine and version.
 """
 
@@ -18,6 +18,7 @@ from jaxtyping import Float32, Int, Integer, Num
 from dynamics.config import Count, Fraction, Seed, frozen
 from dynamics.data import files
 from dynamics.data.files import Pair
+from dynamics.data.rows import as_labels
 from dynamics.types import Dataset
 
 Rows = Int[np.ndarray, "n"]
@@ -134,13 +135,14 @@ def load(config: DataConfig, folder: Path | str | None = None) -> Splits:
 def of_arrays(x: np.ndarray, y: np.ndarray) -> Dataset:
     """Your own arrays [n, ...] as a dataset, used as they are: mean 0, standard deviation 1.
 
-    Integer inputs [n, T] are tokens. ValueError: different lengths, or labels that are no integers.
+    Labels [n, ...] are integers, classes or ``IGNORED``; or floats: targets [n] or [n, outputs] for
+    ``losses.squared_error``, probabilities [n, classes] for ``losses.soft_cross_entropy``. Integer
+    inputs [n, T] are tokens. ValueError: different lengths, or labels that are none of these.
     """
     x, y = np.asarray(x), np.asarray(y)
     if len(x) != len(y) or not len(x):
         raise ValueError(f"x and y must hold as many examples each, got {len(x)} and {len(y)}")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y must be integer labels, got {y.dtype}")
+    as_labels(y)
     tokens = np.issubdtype(x.dtype, np.integer)
     if tokens and x.ndim != 2:
         raise ValueError(
@@ -150,12 +152,12 @@ def of_arrays(x: np.ndarray, y: np.ndarray) -> Dataset:
     empty = np.zeros(0, np.float32)
     one = np.ones((1,) * (x.ndim - 1), np.float32)
     mean, std = (empty, empty) if tokens else (0 * one, one)
-    return Dataset(x=x, y=y, index=np.arange(len(y), dtype=np.int32), mean=mean, std=std)
+    return Dataset(x=x, y=y, mean=mean, std=std)
 
 
 def _dataset(pair: Pair, rows: Rows, mean: np.ndarray, std: np.ndarray) -> Dataset:
     x, y = (_taken(values, rows) for values in pair)
-    return Dataset(x=x, y=y, index=rows.astype(np.int32), mean=mean, std=std)
+    return Dataset(x=x, y=y, mean=mean, std=std, file_row=rows.astype(np.int32))
 
 
 def _taken(values: np.ndarray, rows: Rows) -> np.ndarray:
@@ -245,10 +247,11 @@ def recompressed(x: Num[np.ndarray, "n h w c"]) -> bool:
 
 
 def digest(dataset: Dataset) -> str:
-    """128 bits in hexadecimal that name what x, y and index hold: a hash of the dataset."""
+    """128 bits in hexadecimal that name what x, y and file_row hold: a hash of the dataset."""
     out = hashlib.blake2b(digest_size=16)
-    for name in ("x", "y", "index"):
-        values = np.ascontiguousarray(getattr(dataset, name))
+    held = {"x": dataset.x, "y": dataset.y, "index": dataset.file_row}  # index: its name of old
+    for name, given in held.items():
+        values = np.ascontiguousarray(given)
         out.update(f"{name} {values.dtype.str} {values.shape}\n".encode())
         out.update(values.data)
     return out.hexdigest()

@@ -13,31 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from dynamics.calls import Call
 from dynamics.data.files import DataError
 from dynamics.data.order import batch_rows
-from dynamics.types import AUGMENT, NEVER, ORDER, Batch, Dataset, Key, Leaf, PyTree, Stream
+from dynamics.data.rows import (
+    as_labels,
+    checked,
+    label_type,
+    normalise,
+    numbered,
+    seen,
+    take,
+)
+from dynamics.types import AUGMENT, NEVER, ORDER, Batch, Dataset, Key, PyTree, Stream
 
 Augment = Callable[[Key, jax.Array], jax.Array]
 
 RESIDENT_BYTES = 4 * 2**30  # of inputs, a copy for each device, in one memory
 EVERYTHING = slice(None), slice(None)  # replicas and examples of a batch
 CELL = 2**31  # probabilities are multiples of 1 / (n CELL)
-
-
-def normalise(x: Shaped[Array, "b ..."], mean: Leaf, std: Leaf) -> Shaped[Array, "b ..."]:
-    """``(x - mean) / std`` in float32; ``std`` of size 0 marks tokens, which pass as integers."""
-    if std.size == 0:
-        return x.astype(jnp.int32)
-    return (x.astype(jnp.float32) - mean[None]) / std[None]
-
-
-def take(data: Dataset, rows: Int[Array, "b"]) -> Batch:
-    """The rows of a dataset as a step sees them, in the order asked for."""
-    return Batch(
-        x=normalise(data.x[rows], data.mean, data.std),
-        y=data.y[rows].astype(jnp.int32),
-        index=rows,
-    )
 
 
 def stream(data: Dataset, batch_size: int, keys: Shaped[Array, "k"], **options: Any) -> Stream:
@@ -55,25 +49,34 @@ def resident(
     *,
     rows: Int[np.ndarray, "k m"] | None = None,
     sizes: Int[np.ndarray, "k"] | None = None,
-    labels: Int[np.ndarray, "k n ..."] | None = None,
+    labels: Shaped[np.ndarray, "k n ..."] | None = None,
     augment: Augment | None = None,
 ) -> Stream:
     """A stream from data that lies on the device as stored and is normalised in the step.
 
     Replica s trains on the first ``sizes[s]`` of its ``rows[s]`` (all examples if None), with its
-    own ``labels[s]`` if given. ``augment(key, x)`` gets the normalised batch.
+    own ``labels[s]`` if given; both count the examples of ``data``, while the batch's ``index`` is
+    their ``data.row``, which differs in a ``subset``. ``augment(key, x)`` gets the normalised
+    batch.
     ValueError: shapes that don't fit, rows out of range or repeated, a batch larger than a subset.
     """
     own = _own(data, batch_size, num_replicas, rows, sizes, labels)
+    batch = Call(_resident, (batch_size, augment))
+    return Stream(batch, data, own, batch_size, num_examples=numbered(data))
 
-    def batch(shared: Dataset, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
-        where = batch_rows(key, step, own["size"], batch_size)
-        found = take(shared, own["rows"][where] if "rows" in own else where)
-        if "labels" in own:
-            found = dataclasses.replace(found, y=own["labels"][found.index])
-        return _augmented(found, augment, key, step)
 
-    return Stream(batch, data, own, batch_size)
+def _resident(
+    batch_size: int,
+    augment: Augment | None,
+    shared: Dataset,
+    own: PyTree,
+    fed: PyTree,
+    key: Key,
+    step: jax.Array,
+) -> Batch:
+    where = batch_rows(key, step, own["size"], batch_size)
+    at = own["rows"][where] if "rows" in own else where
+    return _augmented(take(shared, at, own.get("labels")), augment, key, step)
 
 
 def streamed(
@@ -83,7 +86,7 @@ def streamed(
     *,
     rows: Int[np.ndarray, "k m"] | None = None,
     sizes: Int[np.ndarray, "k"] | None = None,
-    labels: Int[np.ndarray, "k n ..."] | None = None,
+    labels: Shaped[np.ndarray, "k n ..."] | None = None,
     augment: Augment | None = None,
     num_threads: int = 4,
 ) -> Stream:
@@ -101,7 +104,7 @@ def streamed(
             "pip install 'training-dynamics[data]'"
         ) from error
     own = _own(data, batch_size, len(keys), rows, sizes, labels)
-    host_own = jax.tree.map(np.asarray, own)
+    host_own, row = jax.tree.map(np.asarray, own), np.asarray(data.row)
     cpu = jax.local_devices(backend="cpu")[0]
     host_keys, impl = jax.device_put(jax.random.key_data(keys), cpu), jax.random.key_impl(keys)
 
@@ -120,7 +123,7 @@ def streamed(
         y = data.y[where]
         if "labels" in mine:
             y = np.stack([y[w] for y, w in zip(mine["labels"], where, strict=True)])
-        return {"x": data.x[where], "y": y.astype(np.int32), "rows": where}
+        return {"x": data.x[where], "y": y.astype(label_type(y.dtype)), "row": row[where]}
 
     def host(
         first: int, part: tuple[slice, slice] = (slice(None), slice(None))
@@ -129,13 +132,15 @@ def streamed(
         options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
         return iter(steps.to_iter_dataset(options))
 
-    def batch(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
-        x = normalise(fed["x"], shared["mean"], shared["std"])
-        return _augmented(Batch(x=x, y=fed["y"], index=fed["rows"]), augment, key, step)
-
     shared = {"mean": jnp.asarray(data.mean), "std": jnp.asarray(data.std)}
     own = {"size": own["size"]}
-    return Stream(batch, shared, own, batch_size, host)
+    return Stream(Call(_streamed, (augment,)), shared, own, batch_size, host, len(data))
+
+
+def _streamed(
+    augment: Augment | None, shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array
+) -> Batch:
+    return _augmented(seen(**fed, **shared), augment, key, step)
 
 
 def sampled(
@@ -144,7 +149,7 @@ def sampled(
     num_replicas: int,
     probabilities: Float[np.ndarray, "k n"],
     *,
-    labels: Int[np.ndarray, "k n ..."] | None = None,
+    labels: Shaped[np.ndarray, "k n ..."] | None = None,
     augment: Augment | None = None,
 ) -> Stream:
     """A stream like ``resident``'s whose examples are drawn with replacement, in proportion.
@@ -169,18 +174,26 @@ def sampled(
     weight = [np.divide(CELL, u, out=np.zeros(len(u)), where=u > 0) for u in units]
     own |= {"keep": np.stack(keep), "other": np.stack(other)}
     own["weight"] = np.stack(weight).astype(np.float32)
+    batch = Call(_sampled, (batch_size, augment))
+    return Stream(batch, data, own, batch_size, num_examples=numbered(data))
 
-    def batch(shared: Dataset, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
-        drawn = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, ORDER), step))
-        cell = jax.random.randint(drawn[0], (batch_size,), 0, len(data))
-        coin = jax.random.bits(drawn[1], (batch_size,), jnp.uint32) >> 1  # 0..CELL - 1
-        rows = jnp.where(coin < own["keep"][cell], cell, own["other"][cell])
-        found = dataclasses.replace(take(shared, rows), weight=own["weight"][rows])
-        if "labels" in own:
-            found = dataclasses.replace(found, y=own["labels"][rows])
-        return _augmented(found, augment, key, step)
 
-    return Stream(batch, data, own, batch_size)
+def _sampled(
+    batch_size: int,
+    augment: Augment | None,
+    shared: Dataset,
+    own: PyTree,
+    fed: PyTree,
+    key: Key,
+    step: jax.Array,
+) -> Batch:
+    drawn = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, ORDER), step))
+    cell = jax.random.randint(drawn[0], (batch_size,), 0, len(shared))
+    coin = jax.random.bits(drawn[1], (batch_size,), jnp.uint32) >> 1  # 0..CELL - 1
+    at = jnp.where(coin < own["keep"][cell], cell, own["other"][cell])
+    found = take(shared, at, own.get("labels"))
+    found = dataclasses.replace(found, weight=own["weight"][at])
+    return _augmented(found, augment, key, step)
 
 
 def doubled(stream: Stream) -> Stream:
@@ -192,13 +205,16 @@ def doubled(stream: Stream) -> Stream:
     if stream.host is not None:
         raise ValueError("doubled needs data that lie on the device: use data.stream.resident")
 
-    def batch(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
-        keys = [jax.random.fold_in(key, k) for k in range(2)]
-        two = [stream.batch(shared, own, fed, k, step) for k in keys]
-        weave = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])  # noqa: E731
-        return jax.tree.map(weave, *two)
+    return stream._replace(batch=Call(_doubled, (stream.batch,)), batch_size=2 * stream.batch_size)
 
-    return Stream(batch, stream.shared, stream.own, 2 * stream.batch_size)
+
+def _doubled(
+    one: Callable[..., Batch], shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array
+) -> Batch:
+    keys = [jax.random.fold_in(key, k) for k in range(2)]
+    two = [one(shared, own, fed, k, step) for k in keys]
+    weave = lambda a, b: jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])  # noqa: E731
+    return jax.tree.map(weave, *two)
 
 
 def whole(
@@ -206,7 +222,7 @@ def whole(
     num_replicas: int,
     *,
     inputs: Shaped[np.ndarray, "k n ..."] | None = None,
-    labels: Int[np.ndarray, "k n ..."] | None = None,
+    labels: Shaped[np.ndarray, "k n ..."] | None = None,
 ) -> Stream:
     """Full-batch gradient descent: all examples at every step, in their order.
 
@@ -216,24 +232,24 @@ def whole(
     as float32 (tokens: int32), as they do in any step. ValueError: shapes that don't fit.
     """
     own: dict[str, Any] = {}
+    n = checked(data)
     given = {"inputs": (inputs, data.x.shape), "labels": (labels, data.y.shape)}
     for name, (array, shape) in given.items():
         if array is not None and array.shape != (num_replicas, *shape):
             raise ValueError(f"{name} must have shape {(num_replicas, *shape)}, got {array.shape}")
     mean, std = jnp.asarray(data.mean), jnp.asarray(data.std)
-    shared = {"y": jnp.asarray(data.y, jnp.int32)}
+    shared = {"y": jnp.asarray(as_labels(data.y)), "index": jnp.asarray(data.row, jnp.int32)}
     if inputs is None:
         shared["x"] = normalise(jnp.asarray(data.x), mean, std)
     else:
         own["x"] = jnp.stack([normalise(jnp.asarray(x), mean, std) for x in inputs])
     if labels is not None:
-        own["y"] = np.asarray(labels, np.int32)
+        own["y"] = as_labels(labels, data.y.dtype)
+    return Stream(_whole, shared, own, n, num_examples=numbered(data))
 
-    def batch(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
-        index = jnp.arange(len(data), dtype=jnp.int32)
-        return Batch(index=index, **{**shared, **own})
 
-    return Stream(batch, shared, own, len(data))
+def _whole(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
+    return Batch(**{**shared, **own})
 
 
 def _distributions(probabilities: np.ndarray, k: int, n: int) -> np.ndarray:
@@ -290,7 +306,7 @@ def _own(
     labels: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """What differs between replicas, checked."""
-    k, n = num_replicas, len(data)
+    k, n = num_replicas, checked(data)
     if rows is None:
         sizes = np.full(k, n) if sizes is None else sizes
     elif sizes is None:
@@ -299,6 +315,8 @@ def _own(
     if own["size"].shape != (k,) or own["size"].min() < 1:
         raise ValueError(f"sizes must be {k} positive numbers, one a replica, got {sizes}")
     if rows is not None:
+        if not np.issubdtype(rows.dtype, np.integer):
+            raise ValueError(f"rows must be integers, positions in the data, got {rows.dtype}")
         if rows.shape[0] != k:
             raise ValueError(f"rows must have one row for each of {k} replicas, got {rows.shape}")
         for s, (r, m) in enumerate(zip(rows, own["size"], strict=True)):
@@ -313,7 +331,7 @@ def _own(
     if labels is not None:
         if labels.shape != (k, *data.y.shape):
             raise ValueError(f"labels must have shape {(k, *data.y.shape)}, got {labels.shape}")
-        own["labels"] = np.asarray(labels, np.int32)
+        own["labels"] = as_labels(labels, data.y.dtype)
     if not 1 <= batch_size <= own["size"].min():
         raise ValueError(
             f"batch_size must be at most {own['size'].min()}, the examples of the smallest subset, "

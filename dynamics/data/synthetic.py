@@ -220,5 +220,4 @@ def _labels(seed: int, n: int, num_classes: int) -> np.ndarray:
 
 
 def _dataset(x: np.ndarray, y: np.ndarray) -> Dataset:
-    index = np.arange(len(y), dtype=np.int32)
-    return Dataset(x=x, y=y, index=index, mean=np.zeros(1, np.float32), std=np.ones(1, np.float32))
+    return Dataset(x=x, y=y, mean=np.zeros(1, np.float32), std=np.ones(1, np.float32))

@@ -38,7 +38,7 @@ def load_text(
     """Windows of ``context`` bytes to predict the next byte from, and the vocabulary.
 
     Window i begins at byte i * context; x: uint8 [n context] are its tokens, y: uint8 [n context]
-    the tokens one byte further on, index: int32 [n] is i. Training windows are the first part of
+    the tokens one byte further on, file_row: int32 [n] is i. Training windows are the first part of
     the text, test windows the rest. Token t is the byte ``vocabulary[t]``: the bytes that occur
     anywhere in the text, ascending.
 
@@ -72,10 +72,10 @@ def _windows(tokens: np.ndarray, context: int, test_fraction: float) -> tuple[Da
         )
     x = tokens[: n * context].reshape(n, context)
     y = tokens[1 : n * context + 1].reshape(n, context)
-    index = np.arange(n, dtype=np.int32)
+    place = np.arange(n, dtype=np.int32)
     none = np.zeros(0, np.float32)
     parts = (slice(0, first), slice(first, n))
-    train, test = (Dataset(x=x[p], y=y[p], index=index[p], mean=none, std=none) for p in parts)
+    train, test = (Dataset(x[p], y[p], none, none, file_row=place[p]) for p in parts)
     return train, test
 
 

@@ -9,12 +9,13 @@ from dynamics.types import Batch, PyTree, Scalars, Task, TrainState
 
 
 def ntk(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b k b k"]:
-    """``<grad_w f_k(x_i), grad_w f_l(x_j)>`` over all parameters, at [i, k, j, l].
+    """``<grad_w f_k(x_i), grad_w f_l(x_j)>`` over all parameters that are trained, at [i, k, j, l].
 
-    ``f`` are the logits in evaluation mode, [b, k]. The B K gradients stay factored: a dense layer
-    costs the products of its inputs and of its derivatives, not gradients. Cost: B K forward and
-    backward passes of one example, and the kernel's (B K)^2 numbers. ValueError: logits of more
-    than one label an example.
+    Of a task that trains others than the module's own it is the kernel that its training follows;
+    ``ntk(*task.read(state), batch)`` is the module's. ``f`` are the logits in evaluation mode,
+    [b, k]. The B K gradients stay factored: a dense layer costs the products of its inputs and of
+    its derivatives, not gradients. Cost: B K forward and backward passes of one example, and the
+    kernel's (B K)^2 numbers. ValueError: logits of more than one label an example.
 
     Reference: Jacot et al. 2018, arXiv 1806.07572, section 4, for finite width.
     """

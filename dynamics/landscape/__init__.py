@@ -1,5 +1,5 @@
 """What lies between two parameter vectors."""
 
-from dynamics.landscape.path import barrier, between, reestimated
+from dynamics.landscape.path import barrier, between, has_statistics, reestimated
 
-__all__ = ["barrier", "between", "reestimated"]
+__all__ = ["barrier", "between", "has_statistics", "reestimated"]

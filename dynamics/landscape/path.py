@@ -1,15 +1,14 @@
 """The straight path between two states, and the barrier on it."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from dynamics.types import LOSS, Batch, Each, Task, TrainState
+from dynamics.types import LOSS, Batch, Each, Leaf, Task, TrainState, Written
 
 
 def between(start: TrainState, end: TrainState, alpha: float) -> TrainState:
@@ -31,27 +30,43 @@ def between(start: TrainState, end: TrainState, alpha: float) -> TrainState:
 def reestimated(task: Task, state: TrainState, batches: Iterable[Batch], each: Each) -> TrainState:
     """A population's states with the extras that training mode makes of these batches.
 
-    For batch norm with momentum 0.9, 50 batches leave 0.5 % of the old statistics. States without
-    extras come back as they are. Cost: one forward pass of each batch for each replica.
+    For batch norm with momentum 0.9, 50 batches leave 0.5 % of the old statistics. Tables with a
+    row for each example stay as they are, and so do states without statistics. Cost: one forward
+    pass of each batch for each replica.
     """
-    if not jax.tree.leaves(state.extras):
+    if not has_statistics(task, state):
         return state
-    run = each(_training_mode(task))
+    run = each(_TrainingMode(task).seen)
     for batch in batches:
         state = run(state, batch)
     return state
 
 
-@functools.lru_cache(maxsize=16)
-def _training_mode(task: Task) -> Callable[[TrainState, Batch], TrainState]:
-    """One function for one task, so that it is compiled once."""
+def has_statistics(task: Task, state: TrainState) -> bool:
+    """Whether the module of a population's states remembers anything of its batches."""
+    _, extras = jax.eval_shape(jax.vmap(task.network), state.params, state.extras)
+    return bool(jax.tree.leaves(extras))
 
-    def one(state: TrainState, batch: Batch) -> TrainState:
+
+@dataclasses.dataclass(frozen=True)
+class _TrainingMode:
+    """A task in training mode: equal ones are compiled once."""
+
+    task: Task
+
+    def seen(self, state: TrainState, batch: Batch) -> TrainState:
+        """The state with the extras that the batch leaves, tables as they were."""
+
+        def kept(new: Leaf | Written, old: Leaf) -> Leaf:
+            return old if isinstance(new, Written) else new
+
         key = jax.random.fold_in(state.key, LOSS)
-        _, (extras, _) = task.loss(state.params, state.extras, batch, key, state.hyperparameters)
+        _, (extras, _) = self.task.loss(
+            state.params, state.extras, batch, key, state.hyperparameters
+        )
+        is_table = lambda leaf: isinstance(leaf, Written)  # noqa: E731
+        extras = jax.tree.map(kept, extras, state.extras, is_leaf=is_table)
         return dataclasses.replace(state, extras=extras)
-
-    return one
 
 
 def barrier(

@@ -1,10 +1,11 @@
 """Learning-rate schedules as data: a shape between 0 and 1 over the steps of a run."""
 
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dynamics.config import Fraction, Range, frozen
 
@@ -57,7 +58,7 @@ def factor(schedule: Schedule, num_steps: int) -> Callable[[jax.Array], jax.Arra
     if isinstance(schedule, Constant):
         return lambda step: jnp.float32(1.0)
     if isinstance(schedule, Steps):
-        edges = jnp.array([round(m * num_steps) for m in schedule.milestones], jnp.int32)
+        edges = np.array([round(m * num_steps) for m in schedule.milestones], np.int32)
         drops = schedule.decay
         return lambda step: jnp.float32(drops) ** jnp.sum(step >= edges).astype(jnp.float32)
     warmup = round(schedule.warmup * num_steps)
@@ -71,3 +72,14 @@ def factor(schedule: Schedule, num_steps: int) -> Callable[[jax.Array], jax.Arra
         return jnp.where(t < warmup, (t + 1) / max(warmup, 1), down)
 
     return shape
+
+
+def rate(
+    rule: Any, step: Any, num_steps: int, *, hyperparameters: Mapping[str, Any] | None = None
+) -> jax.Array:
+    """The learning rate of the update after ``step`` of ``num_steps`` steps, f32.
+
+    ``rule`` is a config of ``optim.Optimizer``; ``hyperparameters`` (a state's) have another peak.
+    """
+    peak = (hyperparameters or {}).get("learning_rate", rule.learning_rate)
+    return factor(rule.schedule, num_steps)(jnp.asarray(step, jnp.int32)) * peak

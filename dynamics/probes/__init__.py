@@ -5,6 +5,7 @@ from dynamics.probes.cartography import Cartography
 from dynamics.probes.evaluate import Evaluate
 from dynamics.probes.forgetting import Forgetting
 from dynamics.probes.margins import AreaUnderMargin
+from dynamics.probes.measure import Measure
 from dynamics.probes.memorisation import Memorisation
 from dynamics.probes.path import Path
 from dynamics.probes.score import Score
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluate",
     "Forgetting",
     "KernelVelocity",
+    "Measure",
     "Memorisation",
     "Outputs",
     "Path",

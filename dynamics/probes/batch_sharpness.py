@@ -1,16 +1,15 @@
 """How sharp the loss is along the gradients of batches."""
 
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dynamics import curvature
+from dynamics.probes.sharpness import whole
 from dynamics.stability import sgd
-from dynamics.types import PROBE, Batch, Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import PROBE, Batch, Context, PyTree, Task, TrainState
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class BatchSharpness:
     """Along the gradients g of ``num_batches`` random batches of ``batch_size``, each f32[K]:
 
     ``value``, E[g'H_B g / |g|^2] with the batch's own Hessian, and its ``error`` (standard);
-    ``interaction``, E[g'H g] / E|g|^2 with that of all ``data`` (IAS); and ``noise``,
+    ``interaction``, E[g'H g] / E|g|^2 with that of all the data ``on`` (IAS); and ``noise``,
     E[g'H g] / |grad L|^2 (GNI). Compare ``value`` and ``interaction`` with 2 / eta; ``noise`` is
     2 / eta wherever the loss stands still, at an edge or not.
 
@@ -29,43 +28,42 @@ class BatchSharpness:
     Reference: ``dynamics.stability.sgd``.
     """
 
-    task: Task
-    data: Dataset
-    batch_size: int
     every: int | Collection[int]
+    batch_size: int
+    on: str = "train"
     num_batches: int = 32
     name: str = "batch"
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
-        if not 1 <= self.batch_size <= len(self.data):
-            raise ValueError(
-                f"{self.name}.batch_size must be from 1 to {len(self.data)}, got {self.batch_size}"
-            )
+        if not 1 <= self.batch_size <= (n := len(context.examples(self.on))):
+            raise ValueError(f"{self.name}.batch_size must be from 1 to {n}, got {self.batch_size}")
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The three measures, f32[K]."""
-        fn = _measured(self.task, self.batch_size, self.num_batches)
-        return carry, each(fn)(state, self._whole)
-
-    @functools.cached_property
-    def _whole(self) -> Batch:
-        return curvature.cut_dataset(self.data)
+        batches = _Batches(context.task, self.batch_size, self.num_batches)
+        return carry, context.each(batches.measured)(state, whole(context, self.on))
 
 
-@functools.lru_cache(maxsize=64)
-def _measured(task: Task, batch_size: int, num_batches: int) -> Callable[..., Any]:
-    loss = curvature.mean_loss(task)
+@dataclass(frozen=True)
+class _Batches:
+    """What is compiled of the probe, for one member: equal ones once."""
 
-    def measured(state: TrainState, whole: Batch) -> dict[str, jax.Array]:
+    task: Task
+    batch_size: int
+    num_batches: int
+
+    def measured(self, state: TrainState, whole: Batch) -> dict[str, jax.Array]:
+        """The measures of one member, over random batches of the whole data [1, n, ...]."""
+        loss, task, batch_size = curvature.mean_loss(self.task), self.task, self.batch_size
         rest = (state.extras, state.hyperparameters)
         everything = jax.tree.map(lambda x: x[0], whole)
         key = jax.random.fold_in(jax.random.fold_in(state.key, PROBE), state.step)
         drawn = jax.vmap(lambda k: jax.random.permutation(k, len(everything.index))[:batch_size])
-        rows = drawn(jax.random.split(key, num_batches))
+        rows = drawn(jax.random.split(key, self.num_batches))
 
         def of(rows: jax.Array) -> Batch:
             return jax.tree.map(lambda x: x[rows], everything)
@@ -89,5 +87,3 @@ def _measured(task: Task, batch_size: int, num_batches: int) -> Callable[..., An
             "interaction": sgd.interaction(full),
             "noise": sgd.gradient_noise(full, jnp.asarray(squared)),
         }
-
-    return measured

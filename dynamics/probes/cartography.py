@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from dynamics.probes.presentations import in_turn
+from dynamics.losses import correct
+from dynamics.probes.presentations import in_turn, places
 from dynamics.scores.forward import at_probability, per_example
 from dynamics.scores.vog import welford
 from dynamics.types import Aux, PyTree, TrainState
@@ -14,7 +15,7 @@ from dynamics.types import Aux, PyTree, TrainState
 
 @dataclass(frozen=True)
 class Cartography:
-    """Over the presentations of each example, f32[K, N] named ``<name>.<metric>@<step>``.
+    """The arrays ``confidence``, ``variability`` and ``correctness`` f32[K, N] of presentations.
 
     ``confidence``: the mean of p_y; low is hard. ``variability``: its standard deviation (1/n);
     high is ambiguous. ``correctness``: how often p_y was the largest (the first of ties). All of
@@ -23,7 +24,8 @@ class Cartography:
 
     ``num_examples`` is the size N of the dataset, also where replicas train on a subset: results
     are in its order, and what lies beyond is not counted. An example that is twice in a batch is
-    presented twice. Cost: no forward pass; 16 N bytes a replica.
+    presented twice; one whose logits are NaN, or that has no label, is not. Cost: no forward pass;
+    16 N bytes a replica.
 
     Reference: Swayamdipta et al. 2020, arXiv 2009.10795. Their formulas have the parameters at the
     end of each epoch, here it is those that the presentation is about to change.
@@ -32,6 +34,7 @@ class Cartography:
     num_examples: int
     every: int | Collection[int]
     name: str = "cartography"
+    dims: tuple[str, ...] = ("example",)
 
     def init(self, state: TrainState) -> PyTree:
         """Nothing presented."""
@@ -41,8 +44,8 @@ class Cartography:
 
     def fold(self, carry: PyTree, aux: Aux) -> tuple[PyTree, dict[str, jax.Array]]:
         """One batch taken in; the three metrics f32[N] up to here."""
-        p = per_example(at_probability(aux.logits, aux.y))
-        correct = per_example(aux.logits.argmax(axis=-1) == aux.y)
+        p = per_example(at_probability(aux.logits, aux.y), aux.y)
+        right = per_example(correct(aux.logits, aux.y), aux.y)
 
         def present(carry: PyTree, at: jax.Array) -> PyTree:
             count = carry["count"].at[at].add(1)
@@ -51,10 +54,10 @@ class Cartography:
                 "count": count,
                 "mean": carry["mean"].at[at].set(mean),
                 "m2": carry["m2"].at[at].set(m2),
-                "correct": carry["correct"].at[at].add(correct),
+                "correct": carry["correct"].at[at].add(right),
             }
 
-        carry = in_turn(aux.index, self.num_examples, carry, present)
+        carry = in_turn(places(aux, self.num_examples), self.num_examples, carry, present)
         count = carry["count"]
         times = count.astype(jnp.float32)
         return carry, {

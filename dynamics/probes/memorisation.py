@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from dynamics import losses, population, statistics
 from dynamics import mesh as meshes
-from dynamics import statistics
 from dynamics.scores.examples import over_examples
-from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import Batch, Context, PyTree, Task, TrainState
 
 
 def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
@@ -28,9 +28,9 @@ def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]
     """
     aux = task.evaluate(state.params, state.extras, batch, state.hyperparameters)
     p = jax.nn.softmax(aux.logits.astype(jnp.float32), axis=-1)
-    classes, sane = jnp.arange(p.shape[-1])[None], jnp.isfinite(p).all(axis=-1)
+    classes = jnp.arange(p.shape[-1])[None]
     found = {
-        "predicted": jnp.where(sane, p.argmax(axis=-1), -1).astype(jnp.float32),
+        "predicted": losses.predictions(p).astype(jnp.float32),
         "loss": aux.loss,
         "fit": jnp.linalg.norm(p - (classes == batch.y[:, None]).astype(jnp.float32), axis=-1),
     }
@@ -47,9 +47,9 @@ def answers(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Memorisation:
-    """Fractions of the wrong-labelled examples W = {i: label != clean} of ``data``, f32[K]:
+    """Fractions of the wrong-labelled examples W = {i: label != clean} of the data ``on``, f32[K]:
 
     ``wrong_correct`` (predicted as they truly are), ``wrong_memorised`` (as their label says),
     ``wrong_other`` (neither; the three add to 1), and of the others ``clean_correct``. From the
@@ -58,23 +58,23 @@ class Memorisation:
     ``target_correct``, the part of W whose target is the true class, and ``precision`` and
     ``recall`` of calling wrong what the targets hold to another class than the label.
 
-    ``labels`` [k, n] are each replica's, ``clean`` [n] the true ones, ``data`` unaugmented. NaN
-    where a fraction is of nothing. Cost: one forward pass of the data for each replica.
+    ``labels`` [k, n] are each replica's, ``clean`` [n] the true ones, the data unaugmented;
+    examples that lack one (``IGNORED``) are left out. NaN where a fraction is of nothing, or of
+    answers that are none. Cost: one forward pass of the data for each replica.
 
     Reference: Liu et al. 2020, arXiv 2007.00151, figures 1 and B.1.
     """
 
-    task: Task
-    data: Dataset
+    every: int | Collection[int]
     labels: Int[np.ndarray, "k n"]
     clean: Int[np.ndarray, "n"]
-    every: int | Collection[int]
     name: str = "memory"
+    on: str = "train"
     batch_size: int = 512
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered. ValueError: labels that are not those of the data."""
-        k, n = len(state.step), len(self.data)
+        k, n = population.size(state), len(context.examples(self.on))
         if self.labels.shape != (k, n) or self.clean.shape != (n,):
             raise ValueError(
                 f"{self.name} needs labels {(k, n)}, a row for each replica, and clean {(n,)}, got "
@@ -83,14 +83,17 @@ class Memorisation:
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The fractions and means f32[K]."""
         found = over_examples(
-            *(answers, self.task, state, self.data),
+            answers,
+            context.task,
+            state,
+            context.examples(self.on),
             labels=self.labels,
             batch_size=self.batch_size,
-            each=each,
+            each=context.each,
         )
         values = meshes.fetch(found)
         replicas = [
@@ -106,13 +109,17 @@ def _summary(
     found: dict[str, np.ndarray], labels: np.ndarray, clean: np.ndarray
 ) -> dict[str, float]:
     """Of one replica."""
+    known = (labels != losses.IGNORED) & (clean != losses.IGNORED)
+    if not known.all():
+        found = {name: value[known] for name, value in found.items()}
+        labels, clean = labels[known], clean[known]
     wrong = labels != clean
-    predicted = found["predicted"]
+    predicted = np.where(found["predicted"] < 0, np.nan, found["predicted"])
     out = {
-        "wrong_correct": _mean(predicted == clean, wrong),
-        "wrong_memorised": _mean(predicted == labels, wrong),
-        "wrong_other": _mean((predicted != clean) & (predicted != labels), wrong),
-        "clean_correct": _mean(predicted == clean, ~wrong),
+        "wrong_correct": _part(predicted, predicted == clean, wrong),
+        "wrong_memorised": _part(predicted, predicted == labels, wrong),
+        "wrong_other": _part(predicted, (predicted != clean) & (predicted != labels), wrong),
+        "clean_correct": _part(predicted, predicted == clean, ~wrong),
         "loss_auc": _auc(found["loss"], wrong),
     }
     for name in ("fit", "held"):
@@ -124,6 +131,11 @@ def _summary(
         flagged = (found["target"] != labels) & (found["target"] >= 0)
         out["precision"], out["recall"] = statistics.precision_recall(flagged, wrong)
     return out
+
+
+def _part(predicted: np.ndarray, hit: np.ndarray, where: np.ndarray) -> float:
+    """The part of the answers that are hits; NaN if one of them is none."""
+    return np.nan if np.isnan(predicted[where]).any() else _mean(hit, where)
 
 
 def _mean(values: np.ndarray, where: np.ndarray) -> float:

@@ -5,40 +5,44 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Shaped
 
 from dynamics.scores.examples import PerExample, over_examples
-from dynamics.types import Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import Context, PyTree, TrainState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Score:
-    """``<name>.score@<step>`` f32[K, N] of every example of ``data``, in dataset order.
+    """The array ``score`` f32[K, N] of every example of the data set ``on``, in dataset order.
 
-    A score that returns several by name gives ``<name>.<its name>@<step>`` for each.
-    Replicas may have their own ``labels``. Cost: that of the score, for each replica.
+    A score that returns several by name gives an array for each. Members may have their own
+    ``labels`` [K, N]. Cost: that of the score, for each member.
     """
 
     score: PerExample
-    task: Task
-    data: Dataset
     every: int | Collection[int]
     name: str
-    labels: Int[np.ndarray, "k n"] | None = None
+    on: str = "train"
+    labels: Shaped[np.ndarray, "k n ..."] | None = None
     batch_size: int = 256
+    dims: tuple[str, ...] = ("example",)
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
+        context.examples(self.on)
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The scores f32[K, N]."""
         scores = over_examples(
-            *(self.score, self.task, state, self.data),
+            self.score,
+            context.task,
+            state,
+            context.examples(self.on),
             labels=self.labels,
             batch_size=self.batch_size,
-            each=each,
+            each=context.each,
         )
         return carry, scores if isinstance(scores, dict) else {"score": scores}

@@ -1,28 +1,27 @@
 """The spectrum of the Hessian while a network trains: its density, trace and norm."""
 
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from dynamics import curvature
-from dynamics.probes.sharpness import convolves
-from dynamics.types import PROBE, Batch, Dataset, Each, PyTree, Task, TrainState
+from dynamics import curvature, population
+from dynamics.probes.sharpness import whole
+from dynamics.types import PROBE, Batch, Context, PyTree, Task, TrainState
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Of the Hessian of the mean loss of ``data`` in evaluation mode, each f32[K]: ``trace`` and
+    """Of the Hessian of the mean loss of the data ``on`` in evaluation mode, f32[K]: ``trace`` and
     ``frobenius`` (squared: tr H^2) with their standard errors ``trace_error`` and
     ``frobenius_error``, and the arrays ``nodes`` and ``weights`` f32[K, num, k], the density of its
     eigenvalues by stochastic Lanczos quadrature (``curvature.Density``).
 
-    k = 1 is Hutchinson's estimate of the trace alone, ``num`` products (``frobenius`` is NaN then);
-    k = 80 and num = 10 show the shape. Random vectors are drawn anew at each measurement. Without
-    ``reorthogonalise`` an eigenvalue that stands out may appear more than once, its weight shared.
+    k = 1 is Hutchinson's estimate of the trace alone, ``num`` products, and there is no
+    ``frobenius``; k = 80 and num = 10 show the shape. Random vectors are drawn anew at each
+    measurement. Without ``reorthogonalise`` an eigenvalue that stands out may appear more than
+    once, its weight shared.
 
     Cost: num k Hessian products of the data, 2 to 3 gradients each, a replica. Convolutions on a
     CPU are kept out of compiled loops. ValueError: num < 2, which has no error; k < 1.
@@ -30,17 +29,18 @@ class Spectrum:
     Reference: Ghorbani, Krishnan and Xiao 2019, arXiv 1901.10159; Hutchinson 1990.
     """
 
-    task: Task
-    data: Dataset
     every: int | Collection[int]
+    on: str = "train"
     k: int = 80
     num: int = 10
     name: str = "spectrum"
     batch_size: int | None = None  # examples of a product at a time; None: all
     reorthogonalise: bool = False
+    dims: tuple[str, ...] = ("vector", "node")
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
+        context.examples(self.on)
         if self.num < 2:
             raise ValueError(
                 f"{self.name}.num must be at least 2, one has no error, got {self.num}"
@@ -50,28 +50,25 @@ class Spectrum:
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """Moments f32[K], nodes and weights f32[K, num, k]."""
-        batches = self._batches
-        driven = convolves(self.task, state, batches)
-        begin, extend, density = _program(self.task, self.num, self.k, self.reorthogonalise, driven)
-        if driven:
+        batches = whole(context, self.on, self.batch_size)
+        density = _Density(context.task, self.num, self.k, self.reorthogonalise, context.convolves)
+        each = context.each
+        if context.convolves:
             points = []
             for i in range(self.num):
-                krylov = each(begin)((state, jnp.full_like(state.step, i)), batches)
+                place = jnp.full(population.size(state), i, jnp.int32)
+                krylov = each(density.begun)((state, place), batches)
                 for _ in range(self.k):
-                    krylov = each(extend)((state, krylov), batches)
+                    krylov = each(density.extended)((state, krylov), batches)
                 points.append(each(curvature.quadrature)(krylov))
             nodes, weights = (jnp.stack(x, axis=1) for x in zip(*points, strict=True))
         else:
-            nodes, weights = each(density)(state, batches)
+            nodes, weights = each(density.whole)(state, batches)
         moments = each(_moments)((state.params, nodes, weights))
         return carry, moments | {"nodes": nodes, "weights": weights}
-
-    @functools.cached_property
-    def _batches(self) -> Batch:
-        return curvature.cut_dataset(self.data, self.batch_size)
 
 
 def _moments(own: PyTree) -> dict[str, jax.Array]:
@@ -80,48 +77,56 @@ def _moments(own: PyTree) -> dict[str, jax.Array]:
     size = sum(x.size for x in jax.tree.leaves(params))
     density = curvature.Density(nodes, weights, jnp.asarray(size, nodes.dtype))
     trace = curvature.functional(density, lambda t: t)
-    square = curvature.functional(density, jnp.square)
-    known = nodes.shape[-1] > 1
-    return {
-        "trace": trace.value,
-        "trace_error": trace.error,
-        "frobenius": jnp.where(known, square.value, jnp.nan),
-        "frobenius_error": jnp.where(known, square.error, jnp.nan),
-    }
+    found = {"trace": trace.value, "trace_error": trace.error}
+    if nodes.shape[-1] > 1:
+        square = curvature.functional(density, jnp.square)
+        found |= {"frobenius": square.value, "frobenius_error": square.error}
+    return found
 
 
-@functools.lru_cache(maxsize=64)
-def _program(
-    task: Task, num: int, k: int, reorthogonalise: bool, driven: bool
-) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """The same function objects for the same probe, so that each is compiled once."""
+@dataclass(frozen=True)
+class _Density:
+    """What is compiled of the probe, for one member: equal ones once."""
 
-    def operator_of(state: TrainState, batches: Batch) -> curvature.Operator:
-        return curvature.of_task(task, state, batches, unroll=driven)
+    task: Task
+    num: int
+    k: int
+    reorthogonalise: bool
+    unroll: bool
 
-    def key_of(state: TrainState) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(state.key, PROBE), state.step)
-
-    def begin(own: PyTree, batches: Batch) -> curvature.Krylov:
+    def begun(self, own: PyTree, batches: Batch) -> curvature.Krylov:
+        """Lanczos from one of the random vectors, before its first step."""
         state, i = own
-        operator, key = operator_of(state, batches), jax.random.split(key_of(state), num)[i]
+        operator = self._operator(state, batches)
+        key = jax.random.split(_key(state), self.num)[i]
         v = curvature.random(operator, jax.random.fold_in(key, 0), "signs")
         return curvature.begin(
-            operator, v, k, key=jax.random.fold_in(key, 1), reorthogonalise=reorthogonalise
+            operator,
+            v,
+            self.k,
+            key=jax.random.fold_in(key, 1),
+            reorthogonalise=self.reorthogonalise,
         )
 
-    def extend(own: PyTree, batches: Batch) -> curvature.Krylov:
+    def extended(self, own: PyTree, batches: Batch) -> curvature.Krylov:
+        """Lanczos after a step more."""
         state, krylov = own
-        return curvature.extend(operator_of(state, batches), krylov)
+        return curvature.extend(self._operator(state, batches), krylov)
 
-    def density(state: TrainState, batches: Batch) -> tuple[jax.Array, jax.Array]:
+    def whole(self, state: TrainState, batches: Batch) -> tuple[jax.Array, jax.Array]:
+        """Nodes and weights f32[num, k], all in one program."""
         found = curvature.density(
-            operator_of(state, batches),
-            key_of(state),
-            num=num,
-            k=k,
-            reorthogonalise=reorthogonalise,
+            self._operator(state, batches),
+            _key(state),
+            num=self.num,
+            k=self.k,
+            reorthogonalise=self.reorthogonalise,
         )
         return found.nodes, found.weights
 
-    return begin, extend, density
+    def _operator(self, state: TrainState, batches: Batch) -> curvature.Operator:
+        return curvature.of_task(self.task, state, batches, unroll=self.unroll)
+
+
+def _key(state: TrainState) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(state.key, PROBE), state.step)

@@ -1,25 +1,27 @@
 """What foretells that a transformer's training will become unstable: logits, entropies, sizes.
 
 All are of a small fixed slice of data, one batch, in evaluation mode, and cost a few passes of it
-for each replica; the slice is a Dataset, as for ``Evaluate``.
+for each member; ``on`` names it among the data of the run, as for ``Evaluate``.
 
 Reference: Wortsman et al. 2023, arXiv 2309.14322, sections 3.1, 3.3 and 3.4.
 """
 
+import functools
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from dynamics.data.stream import normalise
+from dynamics import step
 from dynamics.models.transformer import TransformerModule
+from dynamics.optim import adam
+from dynamics.probes.measure import Measure
 from dynamics.representation import features
-from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import Batch, Context, PyTree, Task, TrainState
 
 
 def attention_logits(
@@ -44,170 +46,153 @@ def rms(values: Float[Array, "..."]) -> Float[Array, ""]:
     return jnp.sqrt(jnp.mean(values.astype(jnp.float32) ** 2))
 
 
-@dataclass(frozen=True, eq=False)
+def attention(
+    task: Task, state: TrainState, batch: Batch, *, module: TransformerModule
+) -> dict[str, Float[Array, ""]]:
+    """``max_logit_<i>`` and ``entropy_<i>`` of each block i, and the ``max_logit`` of all.
+
+    See ``Attention``, which measures them while a population trains.
+    """
+    found, config = {}, module.config
+    sides = ("query_norm", "key_norm") if config.qk_norm else ("query", "key")
+    weights = task.network(state.params, state.extras)
+
+    def heads(layer: str) -> jax.Array:
+        """What a layer makes of each head's [B, T, H, K]."""
+        out = features(module, *weights, batch.x, layer, side="output")
+        return out.reshape(*batch.x.shape, config.num_heads, config.width // config.num_heads)
+
+    for i in range(config.depth):
+        query, key = (heads(f"block_{i}/attention/{side}") for side in sides)
+        logits = attention_logits(query, key)
+        found[f"max_logit_{i}"] = logits.max()
+        found[f"entropy_{i}"] = entropy(logits).mean()
+    largest = jnp.stack([found[f"max_logit_{i}"] for i in range(config.depth)]).max()
+    return found | {"max_logit": largest}
+
+
+def outputs(
+    task: Task, state: TrainState, batch: Batch, *, module: TransformerModule
+) -> dict[str, Float[Array, ""]]:
+    """``log_z`` and ``rms``: see ``Outputs``, which measures them while a population trains."""
+    given = (module, *task.network(state.params, state.extras), batch.x)
+    logits = features(*given, "", side="output").astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1).mean()
+    return {"log_z": log_z, "rms": rms(features(*given, "final_norm"))}
+
+
+def sizes(
+    task: Task, state: TrainState, batch: Batch, *, chosen: tuple[str, ...]
+) -> dict[str, Float[Array, ""]]:
+    """``grad_<parameter>`` and ``update_<parameter>`` of those chosen: see ``Updates``."""
+
+    def loss(params: PyTree) -> jax.Array:
+        return task.evaluate(params, state.extras, batch, state.hyperparameters).loss.mean()
+
+    gradient = jax.grad(loss)(state.params)
+    delta = adam.last_update(state.opt_state, state.hyperparameters)
+    found = {f"grad_{name}": rms(_at(gradient, name)) for name in chosen}
+    return found | {f"update_{name}": rms(_at(delta, name)) for name in chosen}
+
+
+@dataclass(frozen=True)
 class Attention:
-    """``<name>.max_logit_<i>`` and ``<name>.entropy_<i>`` f32[K] of each block i: the largest
-    attention logit under the causal mask, before the softmax, over examples, heads and places; and
-    the mean over them of the attention's entropy in nats (0 at the first place, which sees itself
-    alone). ``<name>.max_logit`` is the largest of all blocks.
+    """``max_logit_<i>`` and ``entropy_<i>`` f32[K] of each block i: the largest attention logit
+    under the causal mask, before the softmax, over examples, heads and places; and the mean over
+    them of the attention's entropy in nats (0 at the first place, which sees itself alone).
+    ``max_logit`` is the largest of all blocks.
 
     Recomputed in float32 from the block's queries and keys, after their norms if it has any,
-    whatever the attention itself is computed by. ``module`` is the one the task was made of.
+    whatever the attention itself is computed by. ``module`` is the one the task was made of, whose
+    weights the task's ``network`` gives.
     """
 
     module: TransformerModule
-    data: Dataset
     every: int | Collection[int]
+    on: str = "test"
     name: str = "attention"
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
+        context.examples(self.on)
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The numbers f32[K]."""
-        return carry, each(self._of_one)(state, self.data)
-
-    def _of_one(self, state: TrainState, data: Dataset) -> dict[str, jax.Array]:
-        found, config = {}, self.module.config
-        for i in range(config.depth):
-            query, key = (
-                self._heads(state, data, f"block_{i}/attention/{n}") for n in _sides(self)
-            )
-            logits = attention_logits(query, key)
-            found[f"max_logit_{i}"] = logits.max()
-            found[f"entropy_{i}"] = entropy(logits).mean()
-        largest = jnp.stack([found[f"max_logit_{i}"] for i in range(config.depth)]).max()
-        return found | {"max_logit": largest}
-
-    def _heads(self, state: TrainState, data: Dataset, layer: str) -> jax.Array:
-        """What a layer makes of each head's [B, T, H, K]."""
-        x = _batch(data).x
-        out = features(self.module, state.params, state.extras, x, layer, side="output")
-        heads = self.module.config.num_heads
-        return out.reshape(*x.shape, heads, self.module.config.width // heads)
+        function = functools.partial(attention, module=self.module)
+        return Measure(function, self.every, self.name, self.on).measure(context, carry, state)
 
 
-def _sides(probe: Attention) -> tuple[str, str]:
-    """The layers that make what attention compares."""
-    normed = probe.module.config.qk_norm
-    return ("query_norm", "key_norm") if normed else ("query", "key")
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Outputs:
-    """``<name>.log_z`` f32[K], the mean of log sum_c exp(logit_c), of which probabilities say
-    nothing; and ``<name>.rms``, the root mean square of what enters the final norm.
+    """``log_z`` f32[K], the mean of log sum_c exp(logit_c), of which probabilities say nothing; and
+    ``rms``, the root mean square of what enters the final norm.
 
     Reference: sections 3.1.2 and 3.4.
     """
 
     module: TransformerModule
-    data: Dataset
     every: int | Collection[int]
+    on: str = "test"
     name: str = "outputs"
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
+        context.examples(self.on)
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The numbers f32[K]."""
-        return carry, each(self._of_one)(state, self.data)
-
-    def _of_one(self, state: TrainState, data: Dataset) -> dict[str, jax.Array]:
-        given = (self.module, state.params, state.extras, _batch(data).x)
-        logits = features(*given, "", side="output").astype(jnp.float32)
-        log_z = jax.nn.logsumexp(logits, axis=-1).mean()
-        return {"log_z": log_z, "rms": rms(features(*given, "final_norm"))}
+        function = functools.partial(outputs, module=self.module)
+        return Measure(function, self.every, self.name, self.on).measure(context, carry, state)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Updates:
-    """``<name>.grad_<parameter>`` f32[K] for each in ``chosen`` ("block_0/mlp/up/kernel"): the root
-    mean square of the gradient of the mean loss of the slice, not clipped. And
-    ``<name>.update_<parameter>``, that of Adam's last update before the learning rate, Delta = v /
-    (sqrt(u) + epsilon), v and u the averages of the gradient and its square, corrected for their
-    start at 0 (nan before the first step). Where gradients fall to epsilon, Delta goes to 0 and
-    nothing is learned.
+    """``grad_<parameter>`` f32[K] for each in ``chosen`` ("block_0/mlp/up/kernel") of the
+    parameters that the task trains: the root mean square of the gradient of the mean loss of the
+    slice, not clipped. And ``update_<parameter>``, that of Adam's last update before the learning
+    rate, Delta = v / (sqrt(u) + epsilon), v and u the averages of the gradient and its square,
+    corrected for their start at 0; before the first step there is none. Where gradients fall to
+    epsilon, Delta goes to 0 and nothing is learned.
 
     ValueError: an optimizer without Adam's averages, a parameter that is not there.
 
     Reference: section 3.4; Delta: Kingma and Ba 2015, arXiv 1412.6980, algorithm 1.
     """
 
-    task: Task
-    data: Dataset
     chosen: Sequence[str]
     every: int | Collection[int]
+    on: str = "test"
     name: str = "sizes"
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
-        _adam(state)
+        context.examples(self.on)
+        adam.moments(state.opt_state)
         for name in self.chosen:
             _at(state.params, name)
         return ()
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The numbers f32[K]."""
-        return carry, each(self._of_one)(state, self.data)
-
-    def _of_one(self, state: TrainState, data: Dataset) -> dict[str, jax.Array]:
-        batch = _batch(data)
-
-        def loss(params: PyTree) -> jax.Array:
-            return self.task.evaluate(
-                params, state.extras, batch, state.hyperparameters
-            ).loss.mean()
-
-        gradient, delta = jax.grad(loss)(state.params), last_update(state)
-        found = {f"grad_{name}": rms(_at(gradient, name)) for name in self.chosen}
-        return found | {f"update_{name}": rms(_at(delta, name)) for name in self.chosen}
-
-
-def last_update(state: TrainState) -> PyTree:
-    """Adam's Delta of the last step, a tree like the parameters'; nan before the first step."""
-    adam, h = _adam(state), state.hyperparameters
-    count = adam.count.astype(jnp.float32)
-    first, second = 1 - h["momentum"] ** count, 1 - h["second_moment"] ** count
-    return jax.tree.map(
-        lambda v, u: v / first / (jnp.sqrt(u / second) + h["epsilon"]), adam.mu, adam.nu
-    )
-
-
-def _adam(state: TrainState) -> Any:
-    kinds = jax.tree.leaves(state.opt_state, is_leaf=_is_adam)
-    found = [kind for kind in kinds if _is_adam(kind)]
-    if len(found) != 1:
-        raise ValueError(
-            f"the optimizer must have one Adam, got {len(found)}: train with rule adam"
-        )
-    return found[0]
-
-
-def _is_adam(part: Any) -> bool:
-    return isinstance(part, optax.ScaleByAdamState)
+        function = functools.partial(sizes, chosen=tuple(self.chosen))
+        probe = Measure(function, self.every, self.name, self.on)
+        carry, found = probe.measure(context, carry, state)
+        if not isinstance(state.step, Tracer) and not int(state.step):
+            found = {name: value for name, value in found.items() if name.startswith("grad_")}
+        return carry, found
 
 
 def _at(tree: PyTree, name: str) -> jax.Array:
     """The leaf at a path whose parts are joined by "/"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    names = {
-        "/".join(str(getattr(part, "key", part)) for part in path): leaf for path, leaf in leaves
-    }
+    names = step.named(tree)
     if name not in names:
         raise ValueError(f"there is no parameter {name!r}; there are {sorted(names)}")
     return names[name]
-
-
-def _batch(data: Dataset) -> Batch:
-    """A whole dataset, as a step sees it."""
-    x = normalise(data.x, data.mean, data.std)
-    return Batch(x=x, y=data.y.astype(jnp.int32), index=data.index)

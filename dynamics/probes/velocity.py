@@ -6,72 +6,88 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Int
 
-from dynamics.data.stream import normalise
+from dynamics import population
+from dynamics.data.rows import seen
 from dynamics.kernel import ntk, velocity
-from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import Context, PyTree, Task, TrainState
 
 
 @dataclass(frozen=True, eq=False)
 class KernelVelocity:
-    """``<name>.velocity@<step>`` f32[K, G]: 1 - cos(K_before, K_now) of each group's kernel.
+    """The array ``velocity`` f32[K, G]: 1 - cos(K_before, K_now) of each group's kernel.
 
-    ``groups[g]`` are the rows of ``data`` (m of them) whose (m C) x (m C) kernel is followed, for
-    all replicas alike, or ``groups[k, g]`` for each its own. The first measurement has nothing
-    before it and is nan. Cost: m C gradients of one example for each group and replica, and the
-    memory of the last kernels, 4 (m C)^2 bytes for each. ValueError: groups of another number of
-    replicas, rows that are not in ``data``.
+    ``groups[g]`` are positions in the data ``on`` (m of them) whose (m C) x (m C) kernel is
+    followed, for all replicas alike, or ``groups[k, g]`` for each its own. The first measurement
+    has nothing before it and leaves nothing. Cost: m C gradients of one example for each group and
+    replica, and the memory of the last kernels, 4 (m C)^2 bytes for each. ValueError: groups of
+    another number of replicas, positions that are not in the data.
     """
 
-    task: Task
-    data: Dataset
-    groups: Int[np.ndarray, "*k g m"]
     every: int | Collection[int]
+    groups: Int[np.ndarray, "*k g m"]
+    on: str = "train"
     name: str = "kernel"
+    dims: tuple[str, ...] = ("group",)
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
-        """Kernels of zeros, whose velocity is nan."""
-        replicas = {len(state.step), *self.groups.shape[:-2]}
+    def start(self, context: Context, state: TrainState) -> PyTree:
+        """Kernels of zeros, and whether there was a measurement."""
+        data, k = context.examples(self.on), population.size(state)
+        replicas = {k, *self.groups.shape[:-2]}
         if self.groups.ndim not in (2, 3) or len(replicas) > 1:
             raise ValueError(
                 "groups must be rows [g, m], or [k, g, m] with k the number of replicas, "
-                f"{len(state.step)}, got {list(self.groups.shape)}"
+                f"{k}, got {list(self.groups.shape)}"
             )
-        if self.groups.size and not 0 <= self.groups.min() <= self.groups.max() < len(self.data):
-            raise ValueError(f"groups must hold rows 0 to {len(self.data) - 1} of the data")
-        first = (state, self._stored(state)[0])
-        one = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), first)
-        kernel = jax.eval_shape(self._kernel, one).shape
-        shape = (len(state.step), *kernel)
-        return [jnp.zeros(shape, jnp.float32) for _ in range(self.groups.shape[-2])]
+        if self.groups.size and not 0 <= self.groups.min() <= self.groups.max() < len(data):
+            raise ValueError(f"groups must hold rows 0 to {len(data) - 1} of the data")
+        nothing = context.each(_Kernel(context.task).nothing)
+        zeros = [nothing((state, stored)) for stored in self._stored(context, state)]
+        return {"kernels": zeros, "begun": jnp.zeros(k, bool)}
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """The kernels now, and how they turned."""
-        run = each(self._turned)
-        now, turned = [], []
-        for before, stored in zip(carry, self._stored(state), strict=True):
+        run, now, turned = context.each(_Kernel(context.task).turned), [], []
+        for before, stored in zip(carry["kernels"], self._stored(context, state), strict=True):
             kernel, moved = run(((state, stored), before))
             now.append(kernel)
             turned.append(moved)
-        return now, {"velocity": jnp.stack(turned, axis=1)}
+        begun = carry["begun"]
+        first = not isinstance(begun, Tracer) and not bool(begun.all())
+        metrics = {} if first else {"velocity": jnp.stack(turned, axis=1)}
+        return {"kernels": now, "begun": jnp.ones_like(begun)}, metrics
 
-    def _turned(self, own: tuple) -> tuple[jax.Array, jax.Array]:
+    def _stored(self, context: Context, state: TrainState) -> list[tuple]:
+        """The examples of each group as stored, with a member axis, and how they are normalised."""
+        data, k = context.examples(self.on), population.size(state)
+        groups = np.broadcast_to(self.groups, (k, *self.groups.shape[-2:]))
+        stored = [np.asarray(v) for v in (data.x, data.y, data.row)]
+        scale = [np.broadcast_to(v, (k, *np.shape(v))) for v in (data.mean, data.std)]
+        return [(*(v[at] for v in stored), *scale) for at in groups.swapaxes(0, 1)]
+
+
+@dataclass(frozen=True)
+class _Kernel:
+    """What is compiled of the probe, for one member: equal ones once."""
+
+    task: Task
+
+    def nothing(self, one: tuple) -> jax.Array:
+        """Zeros in the kernel's shape."""
+        kernel = jax.eval_shape(self.now, one)
+        return jnp.zeros(kernel.shape, jnp.float32)
+
+    def now(self, one: tuple) -> jax.Array:
+        """The kernel of a group of examples."""
+        state, stored = one
+        return ntk(self.task, state, seen(*stored))
+
+    def turned(self, own: tuple) -> tuple[jax.Array, jax.Array]:
+        """The kernel, and how far it is from the one before."""
         one, before = own
-        kernel = self._kernel(one)
+        kernel = self.now(one)
         return kernel, velocity(before, kernel)
-
-    def _kernel(self, one: tuple) -> jax.Array:
-        state, (x, y, rows) = one
-        x = normalise(x, self.data.mean, self.data.std)
-        return ntk(self.task, state, Batch(x=x, y=y.astype(jnp.int32), index=rows))
-
-    def _stored(self, state: TrainState) -> list[tuple]:
-        """Of each group, the examples as stored, with a replica axis."""
-        k = len(state.step)
-        shape = (k, *self.groups.shape[-2:])
-        groups = np.broadcast_to(self.groups, shape)
-        x, y = np.asarray(self.data.x), np.asarray(self.data.y)
-        return [(x[rows], y[rows], rows.astype(np.int32)) for rows in groups.swapaxes(0, 1)]

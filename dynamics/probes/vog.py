@@ -1,7 +1,6 @@
 """VoG over the checkpoints of a run, without storing them."""
 
-import functools
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import jax
@@ -11,12 +10,12 @@ from jaxtyping import Int
 
 from dynamics.scores.examples import over_examples
 from dynamics.scores.vog import Target, input_gradient, vog, welford
-from dynamics.types import Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import Batch, Context, PyTree, Task, TrainState
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VarianceOfGradients:
-    """``<name>.score@<step>`` f32[K, N]: the VoG of each example over the checkpoints so far.
+    """The array ``score`` f32[K, N]: the VoG of each example over the checkpoints so far.
 
     A checkpoint is a step of ``every``; an interval has one at step 0, the untrained network, and
     one at the last step: list the steps to leave them out. The score is the mean over input
@@ -31,41 +30,55 @@ class VarianceOfGradients:
     Hooker 2022, arXiv 2008.11600; see ``scores.vog``.
     """
 
-    task: Task
-    data: Dataset
     every: int | Collection[int]
     name: str = "vog"
+    on: str = "train"
     target: Target = "logit"
     labels: Int[np.ndarray, "k n"] | None = None
     batch_size: int = 256
+    dims: tuple[str, ...] = ("example",)
 
-    def start(self, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """No checkpoint yet: count i32[K], mean and m2 f32[K, N, ...]."""
-        return each(functools.partial(_nothing, tuple(self.data.x.shape)))(state.step)
+        nothing = _Nothing(tuple(context.examples(self.on).x.shape))
+        return context.each(nothing.made)(state.key)
 
     def measure(
-        self, carry: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, state: TrainState
     ) -> tuple[PyTree, dict[str, jax.Array]]:
         """One checkpoint taken in; the scores f32[K, N]."""
         gradients = over_examples(
-            *(_gradient(self.target), self.task, state, self.data),
+            InputGradient(self.target),
+            context.task,
+            state,
+            context.examples(self.on),
             labels=self.labels,
             batch_size=self.batch_size,
-            each=each,
+            each=context.each,
         )
-        carry, scores = each(_fold)((carry, gradients))
+        carry, scores = context.each(_fold)((carry, gradients))
         return carry, {"score": scores}
 
 
-@functools.cache
-def _gradient(target: Target) -> Callable[..., jax.Array]:
-    """The same function object for the same target, so that it is compiled once."""
-    return functools.partial(input_gradient, target=target)
+@dataclass(frozen=True)
+class InputGradient:
+    """``scores.vog.input_gradient`` with its target: equal ones are compiled once."""
+
+    target: Target
+
+    def __call__(self, task: Task, state: TrainState, batch: Batch) -> jax.Array:
+        """The gradient f32[b, ...] of the target with respect to each input."""
+        return input_gradient(task, state, batch, target=self.target)
 
 
-def _nothing(shape: tuple[int, ...], step: jax.Array) -> PyTree:
-    zeros = jnp.zeros(shape, jnp.float32)
-    return {"count": jnp.zeros_like(step), "mean": zeros, "m2": zeros}
+@dataclass(frozen=True)
+class _Nothing:
+    shape: tuple[int, ...]
+
+    def made(self, key: jax.Array) -> PyTree:
+        """The carry of one member before the first checkpoint."""
+        zeros = jnp.zeros(self.shape, jnp.float32)
+        return {"count": jnp.int32(0), "mean": zeros, "m2": zeros}
 
 
 def _fold(own: PyTree) -> tuple[PyTree, jax.Array]:

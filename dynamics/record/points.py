@@ -7,14 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import polars as pl
-
 from dynamics import config as configs
 from dynamics import hosts
-from dynamics.record.files import AGAIN, RecordError, Run, Table, asked, reading, writing
+from dynamics.record.files import AGAIN, Findings, RecordError, asked, reading, writing
 from dynamics.record.reading import read
-from dynamics.record.writing import Recorder
+from dynamics.record.writing import Recorder, still_marked
 
 GROUP = "group-"  # begins the name of a directory in which several points are computed
 
@@ -24,15 +21,17 @@ T = TypeVar("T")
 def completed(
     folder: Path | str | None,
     points: Sequence[T],
-    compute: Callable[[Sequence[T], "Recorder | None"], Sequence[Table]],
+    compute: Callable[[Sequence[T], "Recorder | None"], Sequence[Findings]],
     about: Mapping[str, Any],
-) -> list[Table]:
-    """The table of each point: read if its directory is finished, else computed and stored.
+    keep: Callable[[Path, Findings], None] = lambda home, findings: None,
+) -> list[Findings]:
+    """The findings of each point: read if its directory is finished, else computed and stored.
 
     ``compute`` gets the missing points together, and the recorder of the directory they are
     computed in: the point's own, or one for the group that is removed when all are stored.
     ``about`` goes into the provenance; its ``data``, the hash of the data, must be that of a
-    finished run. RecordError if it isn't.
+    finished run. ``keep(home, findings)`` stores weights in a point's directory before it is marked
+    done. RecordError: other data.
     """
     if folder is None:
         return list(compute(points, None))
@@ -44,11 +43,12 @@ def completed(
         alone = len(todo) == 1
         home = Path(folder, configs.fingerprint(todo[0]) if alone else group)
         recorder = Recorder(home, todo[0] if alone else tuple(todo), about)
-        tables = compute(todo, recorder)
-        for point, table in zip(todo, tables, strict=True):
+        for point, found in zip(todo, compute(todo, recorder), strict=True):
             home = Path(folder, configs.fingerprint(point))
             if not hosts.once((home / "done.json").is_file):
-                Recorder(home, point, about).finish(table)
+                point_recorder = Recorder(home, point, about)
+                keep(home, found)
+                point_recorder.finish(found)
     hosts.once(_remove_finished_groups, Path(folder))
     return [hosts.once(_stored, home) for home in homes]
 
@@ -58,6 +58,7 @@ def _to_compute(
 ) -> list[int]:
     """Which points are to be computed together: none, or all that a begun group has."""
     for name in names:
+        still_marked(folder / name)
         _same_data(folder / name, about)
     missing = [name for name in names if not (folder / name / "done.json").is_file()]
     if not missing:
@@ -69,8 +70,9 @@ def _to_compute(
     return [names.index(name) for name in todo]
 
 
-def _stored(home: Path) -> Table:
-    return _table(read(home))
+def _stored(home: Path) -> Findings:
+    run = read(home)
+    return Findings(run.frames, run.arrays)
 
 
 def _begun_group(folder: Path, points: Sequence[str], missing: Sequence[str]) -> list[str]:
@@ -102,16 +104,6 @@ def _remove_finished_groups(folder: Path) -> None:
             with writing(group), suppress(FileNotFoundError):
                 (group / "provenance.json").unlink(missing_ok=True)  # what is left is no group
                 shutil.rmtree(group)
-
-
-def _table(run: Run) -> Table:
-    """The table as it was given to be stored: numpy strings, columns that can be written to."""
-
-    def column(values: pl.Series) -> np.ndarray:
-        text = values.dtype == pl.String
-        return np.array(values.to_list()) if text else values.to_numpy().copy()
-
-    return Table({name: column(run.rows[name]) for name in run.rows.columns}, run.arrays)
 
 
 def _same_data(home: Path, about: Mapping[str, Any]) -> None:

@@ -13,8 +13,8 @@ from dynamics.record.files import (
     RecordError,
     Run,
     asked,
-    columns,
     finished,
+    frame,
     live,
     reading,
     stored_arrays,
@@ -34,9 +34,12 @@ def read(path: Path | str) -> Run:
     done = (path / "done.json").is_file()
     with reading(path):
         config, provenance = asked(path)
-        rows, names = finished(path) if done else live(path)
-        table = rows if isinstance(rows, pl.DataFrame) else pl.DataFrame(columns(rows))
-        return Run(path, path.name, config, provenance, table, stored_arrays(path, names), done)
+        if done:
+            frames, files = finished(path)
+        else:
+            rows, files = live(path)
+            frames = {name: frame(some) for name, some in rows.items()}
+        return Run(path, path.name, config, provenance, frames, stored_arrays(path, files), done)
 
 
 def runs(root: Path | str, experiment: str) -> list[Path]:
@@ -45,14 +48,19 @@ def runs(root: Path | str, experiment: str) -> list[Path]:
     return [done.parent for done in sorted(found, key=lambda p: (p.stat().st_mtime_ns, str(p)))]
 
 
-def read_all(paths: Sequence[Path | str]) -> pl.DataFrame:
-    """The rows of many runs in one table, each with its config flattened into ``config.*``."""
+def read_all(paths: Sequence[Path | str], name: str) -> pl.DataFrame:
+    """The frame ``name`` of many runs in one, each with its config flattened into ``config.*``.
+
+    ValueError: a run has no such frame.
+    """
     frames = []
     for path in paths:
         run = read(path)
+        if name not in run.frames:
+            raise ValueError(f"{path} has no frame {name!r}, it has {sorted(run.frames)}")
         values = {f"config.{k}": v for k, v in _flat(run.config).items()}
         columns = [pl.lit(v).alias(k) for k, v in ({"run": run.fingerprint} | values).items()]
-        frames.append(run.rows.with_columns(columns))
+        frames.append(run.frames[name].with_columns(columns))
     return pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
 
 

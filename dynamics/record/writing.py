@@ -6,32 +6,38 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import polars as pl
 
 from dynamics import config as configs
 from dynamics import hosts
 from dynamics.record.files import (
     AGAIN,
+    FORMAT,
+    Array,
+    Findings,
     RecordError,
-    Table,
+    asked,
+    check,
     digest,
     live,
+    packed,
     reading,
-    stored_arrays,
+    unpacked,
     vouched_for,
+    vouching,
     write,
     writing,
 )
+from dynamics.record.lock import Lock, locked
 
 PACKAGES = ("training-dynamics", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -42,18 +48,23 @@ class Recorder:
     def __init__(self, path: Path | str, config: Any, about: Mapping[str, Any] | None = None):
         """Opens or makes the directory; what a killed process left half-written is removed.
 
-        One run at a time may write a directory. RecordError: it holds another config's run, or
-        can't be written.
+        It is this process's until it is finished, or the recorder or the process is gone.
+        RecordError: another process has it, it holds another config's run, or can't be written.
         """
         self.path, self._config, self._about = Path(path), config, about
         self._rows, self._sums = self.path / "rows.jsonl", self.path / "sums.jsonl"
         self._end: int | None = None  # of the live rows that are vouched for
+        self._lock: Lock | None = None
         hosts.once(self._open)
 
     def _open(self) -> None:
-        finished = (self.path / "rows.parquet").exists() and not self._rows.exists()
-        if finished and not (self.path / "done.json").exists():
-            raise RecordError(f"{self.path} was finished and has lost its done.json: {AGAIN}")
+        still_marked(self.path)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = locked(self.path)
+        if (self.path / "config.json").is_file() and (self.path / "provenance.json").is_file():
+            with reading(self.path):
+                asked(self.path)  # as it was written, and of this format
         with writing(self.path):
             (self.path / "arrays").mkdir(parents=True, exist_ok=True)
             for left in self.path.rglob(".*.tmp"):
@@ -71,7 +82,7 @@ class Recorder:
         if self._sums.is_file():  # drop the half line of a killed process
             os.truncate(self._sums, self._sums.read_bytes().rfind(b"\n") + 1)
         write(self.path / "config.json", text)
-        made = json.loads(json.dumps(provenance(self._about or {})))
+        made = json.loads(json.dumps({"format": FORMAT, **provenance(self._about or {})}))
         made |= {
             "sums": {"config": digest(text.encode()), "this": digest(json.dumps(made).encode())}
         }
@@ -79,16 +90,18 @@ class Recorder:
 
     def stage(self, name: str) -> "Recorder":
         """A directory in this one for a part of the run, which goes when the run is finished."""
-        return Recorder(self.path / "stages" / name, self._config, self._about)
+        return Recorder(self.path / "stages" / named(name), self._config, self._about)
 
-    def append(self, columns: Mapping[str, np.ndarray]) -> None:
-        """Rows at the end of the live table; NaN stands for what a row does not have."""
+    def append(self, frame: str, columns: Mapping[str, np.ndarray]) -> None:
+        """Rows at the end of a live frame, from columns of equal lengths."""
         if not hosts.is_first():
             return
         texts = [_texts(np.asarray(values)) for values in columns.values()]
-        names = [json.dumps(name).replace("%", "%%") for name in columns]
-        line = "{" + ", ".join(f"{name}: %s" for name in names) + "}\n"
+        start, *names = (json.dumps(name).replace("%", "%%") for name in (frame, *columns))
+        line = f"[{start}, {{" + ", ".join(f"{name}: %s" for name in names) + "}]\n"
         data = "".join([line % row for row in zip(*texts, strict=True)]).encode()
+        if not data:
+            return
         end = self._end
         if end is None or end != self._rows.stat().st_size:  # drop what a killed process left
             end = self._vouched()[-1][0]
@@ -98,90 +111,117 @@ class Recorder:
         self._vouch([end + len(data), zlib.crc32(data)])
         self._end = end + len(data)
 
-    def position(self) -> int:
-        """The bytes of live rows that are safely on the disk."""
+    def position(self) -> dict[str, int]:
+        """Where the live rows and arrays end that are safely on the disk, for ``rewind``."""
         if not hosts.is_first():
-            return 0
+            return {}
         for file in (self._sums, self._rows):
             with writing(file), file.open("ab") as f:
                 os.fsync(f.fileno())
-        return self._rows.stat().st_size
+        sums = self._sums.read_bytes()
+        return {"rows": self._rows.stat().st_size, "sums": len(sums), "crc": zlib.crc32(sums)}
 
-    def rewind(self, position: int) -> list[dict[str, Any]]:
-        """Drop the live rows past ``position``; returns the rest.
+    def rewind(self, position: Mapping[str, int] | None) -> dict[str, list[dict[str, Any]]]:
+        """Drop the live rows and arrays past a ``position`` (None: all); the rows of each frame.
 
         RecordError: fewer are there, or others than were written.
         """
         return hosts.once(self._rewind, position)
 
-    def _rewind(self, position: int) -> list[dict[str, Any]]:
-        size = self._rows.stat().st_size if self._rows.exists() else 0
+    def _rewind(self, position: Mapping[str, int] | None) -> dict[str, list[dict[str, Any]]]:
         if (self.path / "done.json").is_file():
             raise RecordError(f"{self.path} holds a finished run: read() it")
-        if size < position:
-            raise RecordError(
-                f"{self._rows} has {size} bytes, the checkpoint was made with {position}: "
-                "rows were lost; remove the run directory to start over"
-            )
-        kept = [sums for sums in self._vouched() if sums[0] <= position] if position else []
-        if position and kept[-1][0] != position:
-            raise RecordError(f"{self._sums} has lost what vouches for the rows: {AGAIN}")
-        arrays = vouched_for(self.path)[1] if position else []
-        lines = [json.dumps(sums) + "\n" for sums in [*kept[1:], *arrays]]
-        write(self._sums, "".join(lines))  # first: rows that nothing vouches for are dropped
-        with writing(self._rows):
-            self._rows.touch()
-            os.truncate(self._rows, position)
-        self._end = position
+        wanted = position or {"rows": 0, "sums": 0, "crc": 0}
+        files = {self._sums: wanted["sums"], self._rows: wanted["rows"]}  # first what vouches
+        for file, bytes_then in files.items():
+            size = file.stat().st_size if file.exists() else 0
+            if size < bytes_then:
+                raise RecordError(
+                    f"{file} has {size} bytes, the checkpoint was made with {bytes_then}: "
+                    f"rows were lost; {AGAIN}"
+                )
+        if position:
+            same = zlib.crc32(self._sums.read_bytes()[: wanted["sums"]]) == wanted["crc"]
+            check(self._sums, same)
+        for file, bytes_then in files.items():
+            with writing(file):
+                file.touch()
+                os.truncate(file, bytes_then)
+        self._end = wanted["rows"]
         with reading(self.path):
             return live(self.path)[0]
 
     def _vouched(self) -> list[list[int]]:
         with reading(self.path):
-            return [[0, 0], *vouched_for(self.path)[0]]
+            return [[0, 0], *vouched_for(self.path).rows]
 
     def _vouch(self, what: Any) -> None:
         with writing(self._sums), self._sums.open("ab") as f:
-            f.write(json.dumps(what).encode() + b"\n")
+            f.write(vouching(what))
 
-    def array(self, name: str, value: np.ndarray) -> None:
-        """One array, readable from the moment this returns."""
+    def measured(self, probe: str, metric: str, step: int, value: Array) -> None:
+        """An array that a probe measured at a step, readable from the moment this returns."""
         if not hosts.is_first():
             return
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as file:  # as numpy does, but dated 1980 by any clock
-            with file.open(zipfile.ZipInfo("value.npy"), "w", force_zip64=True) as f:
-                np.lib.format.write_array(f, np.asanyarray(value), allow_pickle=False)
-        write(self.path / "arrays" / f"{name}.npz", buffer.getvalue())
-        self._vouch(name)
+        file = f"{named(probe)},{named(metric)},{step}.npz"  # a comma is in no name
+        content = packed(value, {"probe": probe, "metric": metric, "step": int(step)})
+        write(self.path / "arrays" / file, content)
+        self._vouch({file: digest(content)})
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays stored so far."""
-        return hosts.once(self._arrays)
+    def pieces(self) -> list[tuple[str, str, int, Array]]:
+        """(probe, metric, step, array) of what ``measured`` stored so far."""
+        return hosts.once(self._pieces)
 
-    def _arrays(self) -> dict[str, np.ndarray]:
+    def _pieces(self) -> list[tuple[str, str, int, Array]]:
         with reading(self.path):
-            return stored_arrays(self.path, set(vouched_for(self.path)[1]))
+            found = [unpacked(self.path, *item) for item in vouched_for(self.path).arrays.items()]
+        return [(a["probe"], a["metric"], a["step"], value) for value, a in found]
 
-    def finish(self, table: Table) -> None:
-        """Store the final table and mark the directory done; the live rows give way to it."""
-        hosts.once(self._finish, table)
+    def finish(self, findings: Findings) -> None:
+        """Store the frames and arrays and mark the directory done; live rows give way to them."""
+        hosts.once(self._finish, findings)
 
-    def _finish(self, table: Table) -> None:
-        for name, value in table.arrays.items():
-            self.array(name, value)
-        buffer = io.BytesIO()
-        pl.DataFrame(table.rows).write_parquet(buffer)
-        write(self.path / "rows.parquet", buffer.getvalue())
-        done = {"finished": _now(), "arrays": sorted(table.arrays)}
-        done |= {"rows": digest(buffer.getvalue())}
+    def _finish(self, findings: Findings) -> None:
+        done: dict[str, Any] = {"finished": _now(), "frames": {}, "arrays": {}}
+        for name in ("frames", "arrays"):
+            with writing(self.path):
+                (self.path / name).mkdir(exist_ok=True)
+        for name, value in findings.arrays.items():
+            content, file = packed(value, {"name": name}), f"{named(name)}.npz"
+            write(self.path / "arrays" / file, content)
+            done["arrays"][file] = digest(content)
+        for name, frame in findings.frames.items():
+            buffer = io.BytesIO()
+            frame.write_parquet(buffer)
+            write(self.path / "frames" / f"{named(name)}.parquet", buffer.getvalue())
+            done["frames"][name] = digest(buffer.getvalue())
+        done["this"] = digest(json.dumps(done).encode())
         write(self.path / "done.json", json.dumps(done))
         self._rows.unlink(missing_ok=True)
         self._sums.unlink(missing_ok=True)
         for stored in (self.path / "arrays").glob("*.npz"):
-            if stored.stem not in table.arrays:
+            if stored.name not in done["arrays"]:
                 stored.unlink()
         shutil.rmtree(self.path / "stages", ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
+
+
+def still_marked(path: Path) -> None:
+    """RecordError if a run was finished there and has lost its mark: it is not computed again."""
+    finished = (path / "frames").exists() and not (path / "rows.jsonl").exists()
+    if finished and not (path / "done.json").exists():
+        raise RecordError(f"{path} was finished and has lost its done.json: {AGAIN}")
+
+
+def named(name: str) -> str:
+    """The name, if a file may have it; ValueError if not."""
+    if not re.fullmatch(r"[\w@+-][\w.@+-]*", name):
+        raise ValueError(
+            "a frame, probe, array or stage must be named by letters, digits and _ . @ + - (no . "
+            f"first), got {name!r}"
+        )
+    return name
 
 
 def provenance(about: Mapping[str, Any]) -> dict[str, Any]:

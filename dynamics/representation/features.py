@@ -1,5 +1,6 @@
 """What a layer of a flax module reads or returns: hidden features, in evaluation mode."""
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, cast
@@ -8,6 +9,7 @@ import jax
 from flax import linen as nn
 from jaxtyping import Array, Num, Shaped
 
+from dynamics.task import by_value
 from dynamics.types import Batch, PyTree, Task, TrainState
 
 COLLECTION, NAME = "hidden_features", "captured"
@@ -78,16 +80,24 @@ def of_layer(
     """``features`` as a function (task, state, batch), for ``scores.over_examples`` and
     ``probes.Score``: f32[N, ...] in the order of the dataset, of one state or of a population.
 
-    ``module`` is the one that the task was made of. Make the function once: one that is made anew
-    is compiled anew.
+    ``module`` is the one that the task was made of, whose weights the task's ``network`` gives.
+    Equal modules, layers and arguments give equal functions.
     """
+    given = tuple(sorted(arguments.items()))
+    return by_value(functools.partial(_hidden, module, layer, side, given))
 
-    def hidden(task: Task, state: TrainState, batch: Batch) -> Shaped[Array, "b ..."]:
-        return features(
-            *(module, state.params, state.extras, batch.x, layer), side=side, arguments=arguments
-        )
 
-    return hidden
+def _hidden(
+    module: nn.Module,
+    layer: str,
+    side: Side,
+    arguments: tuple[tuple[str, Any], ...],
+    task: Task,
+    state: TrainState,
+    batch: Batch,
+) -> Shaped[Array, "b ..."]:
+    weights = task.network(state.params, state.extras)
+    return features(module, *weights, batch.x, layer, side=side, arguments=dict(arguments))
 
 
 def _first(args: tuple, kwargs: Mapping[str, Any]) -> Any:

@@ -1,10 +1,7 @@
 """Adaptive early-learning correction: labels are corrected class by class, each when it is due."""
 
-import dataclasses
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +9,35 @@ import numpy as np
 from jaxtyping import Int
 
 from dynamics import mesh as meshes
+from dynamics import population
+from dynamics.data.rows import subset
 from dynamics.revise import pixels
 from dynamics.revise.curve import Detection, detected
-from dynamics.revise.pixels import IGNORED, Correction
+from dynamics.revise.pixels import Correction
 from dynamics.scores.examples import over_examples
-from dynamics.types import NEVER, Batch, Dataset, Each, PyTree, Task, TrainState
+from dynamics.types import IGNORED, NEVER, Batch, Context, Dataset, PyTree, Task, TrainState
 
 DETECT = 0  # in ``when``: the epoch is that of the detection
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adele:
     """A Revision that corrects the labels of a segmentation while a network is trained on them.
 
-    An epoch is ``parts`` times ``every`` steps, the run ``epochs`` of them. After each part of an
-    epoch it predicts that part of the examples; at the end, each replica's IoU of each class with
-    the labels as they were at the start is a point of its curve. Parts are what the paper's curve
-    is made of, predictions from all over the epoch: a class that is learned within one leaps from
-    0 to its plateau otherwise, and there is no bend to find.
+    They are those of the examples of the data set ``on``. An epoch is ``parts`` times ``every``
+    steps, the run ``epochs`` of them. After each part of an epoch it predicts that part of the
+    examples; at the end, each replica's IoU of each class with the labels as they were at the start
+    is a point of its curve. Parts are what the paper's curve is made of, predictions from all over
+    the epoch: a class that is learned within one leaps from 0 to its plateau otherwise, and there
+    is no bend to find.
 
     A class whose curve has bent by ``detection`` is active from then on, and its labels are due for
     ``correction``: ``once``; or every ``interval`` epochs, ``restart``ing from the labels of the
     start, or ``cumulative``ly, which lets errors build on errors. What a correction may change is
     all that is ``active`` by then, so that a class is corrected again with those that follow it, or
-    just what is ``due``. Background is never waited for. ``predictor`` says what the labels become
-    (a ``task.multiscale`` that averages over scales, say), by default the task itself.
+    just what is ``due``. Background is never waited for. Curves are of what ``watched`` predicts,
+    ``predictor`` says what the labels become (a ``task.multiscale`` that averages over scales,
+    say): both by default the task that is trained.
 
     ``when`` [K, C] gives an epoch instead of the detection: DETECT, or the epoch, or NEVER. With
     it, runs without correction and controls are replicas of the same program.
@@ -55,8 +56,6 @@ class Adele:
     most every 10 epochs, or restarts every epoch.
     """
 
-    task: Task
-    data: Dataset
     num_classes: int
     every: int
     epochs: int
@@ -67,15 +66,18 @@ class Adele:
     interval: int = 1
     among: Literal["active", "due"] = "active"
     when: Int[np.ndarray, "k c"] | None = None
+    watched: Task | None = None
     predictor: Task | None = None
     clean: Int[np.ndarray, "n h w"] | None = None
     name: str = "adele"
+    on: str = "train"
     batch_size: int = 64
+    dims: tuple[str, ...] = ("example", "y", "x")
 
-    def start(self, own: PyTree, state: TrainState, each: Each) -> PyTree:
+    def start(self, context: Context, own: PyTree, state: TrainState) -> PyTree:
         """The labels of the start, curves without a point, no class due."""
-        k, c = len(state.step), self.num_classes
-        self._check(own, k)
+        k, c = population.size(state), self.num_classes
+        self._check(context.examples(self.on), own, k)
         return {
             "labels": own["labels"],
             "counts": np.zeros((k, c, 3), np.int32),
@@ -84,51 +86,54 @@ class Adele:
         }
 
     def revise(
-        self, carry: PyTree, own: PyTree, state: TrainState, each: Each
+        self, context: Context, carry: PyTree, own: PyTree, state: TrainState
     ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
         """A part of the examples predicted; at the end of an epoch, a point more of each curve, and
         labels corrected of the classes that are due.
         """
-        part = int(state.step[0]) // self.every
+        part = int(state.step) // self.every
         epoch = (part - 1) // self.parts + 1
         if epoch > self.epochs:
             raise ValueError(
                 f"Adele.epochs must count all epochs, got {self.epochs} in epoch {epoch}"
             )
-        counts = self._count(carry, state, (part - 1) % self.parts, each)
+        counts = self._count(context, carry, state, (part - 1) % self.parts)
         if part % self.parts:
             return {**carry, "counts": counts}, own, {}
         curves, onset = (np.array(meshes.fetch(carry[name])) for name in ("iou", "onset"))
         curves[:, epoch - 1] = np.asarray(pixels.iou(jnp.asarray(counts)))
         self._advance(onset, curves, epoch)
         if (due := self._due(onset, epoch)).any():
-            own = {**own, "labels": self._correct(carry, own, state, onset <= epoch, due, each)}
+            labels = self._correct(context, carry, own, state, onset <= epoch, due)
+            own = {**own, "labels": labels}
         carry = {**carry, "counts": np.zeros_like(counts), "iou": curves, "onset": onset}
-        return carry, own, self._metrics(carry, own["labels"], epoch, each)
+        return carry, own, self._metrics(context, carry, own["labels"], epoch)
 
-    def _count(self, carry: PyTree, state: TrainState, part: int, each: Each) -> np.ndarray:
+    def _count(self, context: Context, carry: PyTree, state: TrainState, part: int) -> np.ndarray:
         """The counts of the epoch so far, with those of one part of the examples."""
-        rows = np.arange(part, len(self.data), self.parts)
-        fields = {name: np.asarray(getattr(self.data, name))[rows] for name in ("x", "y", "index")}
-        found, _ = self._predict(self.task, state, dataclasses.replace(self.data, **fields), each)
-        labels = carry["labels"][:, rows]
-        counts = each(_counting(self.num_classes))((found, labels))
+        data = context.examples(self.on)
+        rows = np.arange(part, len(data), self.parts)
+        task = self.watched or context.task
+        found, _ = self._predict(context, task, state, subset(data, rows))
+        counts = context.each(_Counts(self.num_classes))((found, carry["labels"][:, rows]))
         return meshes.fetch(carry["counts"]) + meshes.fetch(counts)
 
     def _correct(
         self,
+        context: Context,
         carry: PyTree,
         own: PyTree,
         state: TrainState,
         active: np.ndarray,
         due: np.ndarray,
-        each: Each,
     ) -> jax.Array:
         """The labels with those of the classes that are ``due`` corrected."""
-        found = self._predict(self.predictor or self.task, state, self.data, each)
+        data = context.examples(self.on)
+        found = self._predict(context, self.predictor or context.task, state, data)
         classes = active & due.any(axis=1, keepdims=True) if self.among == "active" else due
         before = carry["labels"] if self.repeat == "restart" else own["labels"]
-        return each(_correcting(self.correction))((before, own["labels"], *found, classes))
+        labels = (before, own["labels"])
+        return context.each(_Corrected(self.correction))((*labels, *found, classes))
 
     def _advance(self, onset: np.ndarray, curves: np.ndarray, epoch: int) -> None:
         """Note in ``onset`` which foreground classes are due for the first time."""
@@ -149,14 +154,14 @@ class Adele:
         return (onset <= epoch) & ((epoch - onset) % self.interval == 0)
 
     def _predict(
-        self, task: Task, state: TrainState, data: Dataset, each: Each
+        self, context: Context, task: Task, state: TrainState, data: Dataset
     ) -> tuple[jax.Array, jax.Array]:
         """i32[K, n, h, w] and f32[K, n, h, w]: the most likely classes, and how likely."""
-        score = _predicting(self.correction.temperature)
+        score, each = _Prediction(self.correction.temperature), context.each
         return over_examples(score, task, state, data, batch_size=self.batch_size, each=each)
 
     def _metrics(
-        self, carry: PyTree, labels: jax.Array, epoch: int, each: Each
+        self, context: Context, carry: PyTree, labels: jax.Array, epoch: int
     ) -> dict[str, jax.Array]:
         onset = np.where(carry["onset"] == NEVER, np.inf, carry["onset"]).astype(np.float32)
         now = {f"iou.{c}": carry["iou"][:, epoch - 1, c] for c in range(self.num_classes)}
@@ -164,19 +169,20 @@ class Adele:
         now["active"] = np.isfinite(onset).sum(axis=1).astype(np.float32)
         metrics = {name: jnp.asarray(values) for name, values in now.items()}
         if self.clean is not None:
-            metrics["label_accuracy"] = each(_agreement)((labels,), jnp.asarray(self.clean))
+            agreement = context.each(_agreement)((labels,), jnp.asarray(self.clean))
+            metrics["label_accuracy"] = agreement
         return metrics | ({"labels": labels} if epoch == self.epochs else {})
 
-    def _check(self, own: PyTree, k: int) -> None:
+    def _check(self, data: Dataset, own: PyTree, k: int) -> None:
         least = {"num_classes": 2, "epochs": 1, "parts": 1, "interval": 1}
         for name, low in least.items():
             if (value := getattr(self, name)) < low:
                 raise ValueError(f"Adele.{name} must be >= {low}, got {value}")
-        if self.parts > (n := len(self.data)):
+        if self.parts > (n := len(data)):
             raise ValueError(
                 f"Adele.parts must be <= {n}, the examples there are, got {self.parts}"
             )
-        shape = (k, *self.data.y.shape)
+        shape = (k, *data.y.shape)
         labels = own.get("labels") if isinstance(own, dict) else None
         if labels is None or labels.shape != shape or len(shape) != 4:
             found = "none" if labels is None else labels.shape
@@ -191,34 +197,34 @@ class Adele:
                 raise ValueError(f"Adele.{name} must have shape {its}, got {given.shape}")
 
 
-# ---- functions of one replica, one object for each choice so that they are compiled once --------
+# ---- functions of one replica: equal ones are compiled once --------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
-def _predicting(temperature: float) -> Callable[..., Any]:
-    def predict(task: Task, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+@dataclass(frozen=True)
+class _Prediction:
+    temperature: float
+
+    def __call__(self, task: Task, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
         aux = task.evaluate(state.params, state.extras, batch, state.hyperparameters)
-        return pixels.prediction(aux.logits, temperature)
-
-    return predict
+        return pixels.prediction(aux.logits, self.temperature)
 
 
-@functools.lru_cache(maxsize=64)
-def _counting(num_classes: int) -> Callable[..., jax.Array]:
-    def count(members: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return pixels.counts(*members, num_classes)
+@dataclass(frozen=True)
+class _Counts:
+    num_classes: int
 
-    return count
+    def __call__(self, members: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return pixels.counts(*members, self.num_classes)
 
 
-@functools.lru_cache(maxsize=64)
-def _correcting(correction: Correction) -> Callable[..., jax.Array]:
-    def correct(members: tuple[jax.Array, ...]) -> jax.Array:
+@dataclass(frozen=True)
+class _Corrected:
+    correction: Correction
+
+    def __call__(self, members: tuple[jax.Array, ...]) -> jax.Array:
         before, now, classes, confidence, active = members
-        after = pixels.corrected(before, classes, confidence, active, correction)
+        after = pixels.corrected(before, classes, confidence, active, self.correction)
         return jnp.where(active.any(), after, now)
-
-    return correct
 
 
 def _agreement(members: tuple[jax.Array], clean: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dynamics.config import Fraction, Positive, frozen
-
-IGNORED = 255
+from dynamics.losses import predictions
+from dynamics.types import IGNORED
 
 
 @frozen
@@ -36,9 +36,10 @@ def counts(
 ) -> Int[Array, "c 3"]:
     """Pixels of each class that are both predicted and labelled so, labelled, and predicted.
 
-    Ignored pixels count nowhere. Exact up to 2^31 pixels; sums of counts are those of the union.
+    Pixels without a label (IGNORED) or without a prediction (-1: logits that are no numbers) count
+    nowhere. Exact up to 2^31 pixels; sums of counts are those of the union.
     """
-    valid = labels != IGNORED
+    valid = (labels != IGNORED) & (predicted >= 0)
     classes = jnp.arange(num_classes, dtype=jnp.int32)[:, None, None, None]
     truth, found = (labels[None] == classes) & valid[None], (predicted[None] == classes)
     found = found & valid[None]
@@ -56,9 +57,12 @@ def iou(counts: Int[Array, "*k c 3"]) -> Float[Array, "*k c"]:
 def prediction(
     logits: Float[Array, "n h w c"], temperature: float = 1.0
 ) -> tuple[Int[Array, "n h w"], Float[Array, "n h w"]]:
-    """The most likely class of each pixel and its probability, softmax(logits / temperature)."""
+    """The most likely class of each pixel and its probability, softmax(logits / temperature).
+
+    -1 and NaN where the logits are no answer, which corrects nothing.
+    """
     top = jax.nn.softmax(logits / temperature, axis=-1).max(axis=-1)
-    return logits.argmax(axis=-1).astype(jnp.int32), top
+    return predictions(logits), top
 
 
 def corrected(

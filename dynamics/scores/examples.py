@@ -2,16 +2,18 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Shaped
 
-from dynamics import ghost
+from dynamics import ghost, population
 from dynamics import mesh as meshes
-from dynamics.data.stream import normalise
+from dynamics.data.rows import checked, seen
+from dynamics.task import by_value
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
 
 PerExample = Callable[[Task, TrainState, Batch], PyTree]
@@ -23,34 +25,35 @@ def over_examples(
     state: TrainState,
     data: Dataset,
     *,
-    labels: Int[np.ndarray, "k n"] | None = None,
+    labels: Shaped[np.ndarray, "k n ..."] | None = None,
     batch_size: int = 256,
     each: Each | None = None,
 ) -> PyTree:
     """``score(task, state, batch)`` of every example: f32[N, ...] in dataset order.
 
     With ``each`` (what ``fit`` hands to a StateProbe) the state is a population's, every replica
-    may have its own ``labels`` (else ValueError), and the result is [K, N, ...]. Batches go to the
-    device one by one as stored; the result depends on ``batch_size`` by rounding only. ValueError:
-    the examples of a batch depend on each other (batch norm in training mode).
+    may have its own ``labels``, one for each example of ``data`` (else ValueError), and the result
+    is [K, N, ...]. Batches, whose ``index`` is ``data.row``, go to the device one by one as stored;
+    the result depends on ``batch_size`` by rounding only. ValueError: the examples of a batch
+    depend on each other (batch norm in training mode).
     """
-    n = len(data)
-    if labels is not None and (each is None or labels.shape[:2] != (len(state.step), n)):
+    n = checked(data)
+    if labels is not None and (each is None or labels.shape[:2] != (population.size(state), n)):
         raise ValueError(
             f"labels must be one row of {n} for each replica of a population, got {labels.shape}; "
             "for one state, give data with other labels"
         )
     size = min(batch_size, n)
-    fn = _bound(score, task)
+    fn = by_value(_PerExample(by_value(score), task).scored)
     y = np.asarray(data.y) if labels is None else labels
     if each is not None and labels is None:
-        y = np.broadcast_to(y, (len(state.step), *y.shape))
-    run = _compiled(fn) if each is None else each(fn)
-    x, parts = np.asarray(data.x), []
+        y = np.broadcast_to(y, (population.size(state), *y.shape))
+    run = functools.partial(_run, fn) if each is None else each(fn)
+    x, row, parts = np.asarray(data.x), np.asarray(data.row), []
     for first in range(0, n, size):
-        rows = np.minimum(np.arange(first, first + size), n - 1).astype(np.int32)
-        own = np.take(y, rows, axis=0 if each is None else 1)
-        parts.append(run((state, own), x[rows], rows, data.mean, data.std))
+        at = np.minimum(np.arange(first, first + size), n - 1)
+        own = np.take(y, at, axis=0 if each is None else 1)
+        parts.append(run((state, own), x[at], row[at], data.mean, data.std))
     axis = 0 if each is None else 1
 
     def whole(*xs: jax.Array) -> jax.Array:
@@ -64,20 +67,22 @@ def losses(task: Task, state: TrainState, batch: Batch) -> jax.Array:
     return task.evaluate(state.params, state.extras, batch, state.hyperparameters).loss
 
 
-@functools.lru_cache(maxsize=64)
-def _bound(score: PerExample, task: Task) -> Callable[..., Any]:
-    """The same function object for the same score and task, so that it is compiled once."""
+@dataclass(frozen=True)
+class _PerExample:
+    """A score of a task: equal ones are compiled once."""
 
-    def per_example(own: tuple, x: jax.Array, rows: jax.Array, mean: Any, std: Any) -> PyTree:
+    score: PerExample
+    task: Task
+
+    def scored(self, own: tuple, x: jax.Array, row: jax.Array, mean: Any, std: Any) -> PyTree:
+        """The score of each example of a batch as stored, for one state."""
         state, y = own
-        x, y, rows = meshes.split_here((x, y, rows))
-        batch = Batch(x=normalise(x, mean, std), y=y.astype(jnp.int32), index=rows)
-        ghost.check_independent(functools.partial(losses, task), state, batch)
-        return meshes.whole_here(score(task, state, batch))
-
-    return per_example
+        x, y, row = meshes.split_here((x, y, row))
+        batch = seen(x, y, row, mean, std)
+        ghost.check_independent(functools.partial(losses, self.task), state, batch)
+        return meshes.whole_here(self.score(self.task, state, batch))
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(fn: Callable[..., Any]) -> Callable[..., Any]:
-    return jax.jit(fn)
+@functools.partial(jax.jit, static_argnums=0)
+def _run(fn: Callable[..., Any], *arguments: Any) -> PyTree:
+    return fn(*arguments)

@@ -1,7 +1,8 @@
 """Scores that cost one forward pass: functions of an example's logits and label.
 
 All are in evaluation mode and in the order of the batch. Where an example has several labels (a
-token each) its score is the mean over them, as its loss is. Logits may be -inf; 1 - p is never
+token each) its score is the mean over them, as its loss is. Places whose label is ``IGNORED`` are
+left out, and where an example has no other its score is NaN. Logits may be -inf; 1 - p is never
 computed from p, so the easiest examples keep their digits.
 """
 
@@ -10,9 +11,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Shaped
 
-from dynamics.losses import at_label, cross_entropy, log_odds_against, without_label
+from dynamics.losses import (
+    Labels,
+    at_label,
+    cross_entropy,
+    labelled,
+    log_odds_against,
+    over_labels,
+    without_label,
+)
 from dynamics.types import Batch, Task, TrainState
 
 HARD: Mapping[str, Literal["high", "low"]] = {
@@ -49,7 +58,7 @@ def el2n(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
     z = _logits(task, state, batch)
     wrong = jax.nn.sigmoid(log_odds_against(z, batch.y))
     others = jax.nn.softmax(without_label(z, batch.y))
-    return per_example(wrong * jnp.sqrt(1 + jnp.sum(others**2, axis=-1)))
+    return per_example(wrong * jnp.sqrt(1 + jnp.sum(others**2, axis=-1)), batch.y)
 
 
 def loss(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
@@ -57,25 +66,26 @@ def loss(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
 
     In nats where the task is cross-entropy, -log p_y. Cost: one forward pass.
     """
-    return task.evaluate(state.params, state.extras, batch, state.hyperparameters).loss
+    found = task.evaluate(state.params, state.extras, batch, state.hyperparameters).loss
+    return jnp.where(labelled(batch.y), found, jnp.nan)
 
 
 def entropy(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
     """``-sum_k p_k log p_k`` of p = softmax(f(x)), in nats, in [0, log K]; high is hard.
 
-    It knows no label. Computed as c + sum_k p_k (z_top - z_k) with c = -log p_top, where nothing
-    cancels. Cost: one forward pass.
+    It knows no label, only where there is one. Computed as c + sum_k p_k (z_top - z_k) with
+    c = -log p_top, where nothing cancels. Cost: one forward pass.
     """
     z = _logits(task, state, batch)
     surprise = cross_entropy(z, z.argmax(axis=-1))
     gap = z.max(axis=-1, keepdims=True) - z
     p = jnp.exp(-gap - surprise[..., None])
-    return per_example(surprise + jnp.sum(p * jnp.where(p > 0, gap, 0), axis=-1))
+    return per_example(surprise + jnp.sum(p * jnp.where(p > 0, gap, 0), axis=-1), batch.y)
 
 
 def probability(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
     """``p_y``, in [0, 1]; low is hard. Cost: one forward pass."""
-    return per_example(at_probability(_logits(task, state, batch), batch.y))
+    return per_example(at_probability(_logits(task, state, batch), batch.y), batch.y)
 
 
 def l1_error(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
@@ -84,7 +94,7 @@ def l1_error(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
     Cost: one forward pass.
     """
     z = _logits(task, state, batch)
-    return per_example(2 * jax.nn.sigmoid(log_odds_against(z, batch.y)))
+    return per_example(2 * jax.nn.sigmoid(log_odds_against(z, batch.y)), batch.y)
 
 
 def logit_margin(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
@@ -93,7 +103,7 @@ def logit_margin(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b
     Cost: one forward pass. Reference: Pleiss et al. 2020, arXiv 2001.10528 (there of the
     training-mode logits: ``probes.AreaUnderMargin`` is its mean over presentations).
     """
-    return per_example(at_margin(_logits(task, state, batch), batch.y))
+    return per_example(at_margin(_logits(task, state, batch), batch.y), batch.y)
 
 
 def probability_margin(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b"]:
@@ -104,26 +114,24 @@ def probability_margin(task: Task, state: TrainState, batch: Batch) -> Float[Arr
     """
     z = _logits(task, state, batch)
     margin, top = at_margin(z, batch.y), jax.nn.softmax(z).max(axis=-1)
-    return per_example(-jnp.sign(margin) * top * jnp.expm1(-jnp.abs(margin)))
+    return per_example(-jnp.sign(margin) * top * jnp.expm1(-jnp.abs(margin)), batch.y)
 
 
-def at_probability(
-    logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]
-) -> Float[Array, "*b"]:
+def at_probability(logits: Float[Array, "*b classes"], labels: Labels) -> Float[Array, "*b"]:
     """The label's probability, from its odds."""
     return jax.nn.sigmoid(-log_odds_against(logits, labels))
 
 
-def at_margin(logits: Float[Array, "*b classes"], labels: Int[Array, "*b"]) -> Float[Array, "*b"]:
+def at_margin(logits: Float[Array, "*b classes"], labels: Labels) -> Float[Array, "*b"]:
     """The label's logit less the largest other one; infinite if all others are -inf."""
     here = at_label(logits, labels)
     other = jnp.where(here, -jnp.inf, logits).max(axis=-1)
     return jnp.sum(jnp.where(here, logits, 0), axis=-1) - other
 
 
-def per_example(values: Shaped[Array, "b ..."]) -> Float[Array, "b"]:
-    """The mean over all axes but the first, in float32."""
-    return values.astype(jnp.float32).reshape(values.shape[0], -1).mean(axis=1)
+def per_example(values: Shaped[Array, "b ..."], labels: Labels) -> Float[Array, "b"]:
+    """The mean over the labels of each example that count, in float32; NaN where none does."""
+    return over_labels(values.astype(jnp.float32), labels, none=jnp.nan)
 
 
 def _logits(task: Task, state: TrainState, batch: Batch) -> Float[Array, "b ... classes"]:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
+from dynamics.types import IGNORED
+
 ITERATIONS, TOLERANCE, LEAST_VARIANCE = 10, 1e-2, 5e-4  # of the mixture, on losses from 0 to 1
 
 
@@ -89,7 +91,8 @@ def relabelled(
     """Where an example's target, a running mean of the network's own answers, prefers another
     class: its label's entry is less than the largest.
 
-    An example that was never visited has a target of zeros and is not flagged; nor is a tie.
+    An example that was never visited has a target of zeros and is not flagged; nor is a tie, or an
+    example without a label (``IGNORED``).
     ``targets`` are ELR's ``state.extras["targets"]``, whose rows beyond n are padding. Meant for
     runs that don't memorise: under plain cross-entropy the targets follow the wrong labels.
     ValueError: targets that are not finite, fewer rows than labels, labels that are no classes.
@@ -107,8 +110,10 @@ def relabelled(
     if not np.isfinite(targets).all():
         raise ValueError(f"targets must be finite, got {int((~np.isfinite(targets)).sum())} others")
     _check_labels(labels, targets.shape[-1])
-    here = np.take_along_axis(targets, labels[..., None].astype(np.int64), axis=-1)[..., 0]
-    return here < targets.max(axis=-1)
+    known = labels != IGNORED
+    some = np.where(known, labels, 0).astype(np.int64)
+    here = np.take_along_axis(targets, some[..., None], axis=-1)[..., 0]
+    return known & (here < targets.max(axis=-1))
 
 
 class Joint(NamedTuple):
@@ -130,7 +135,8 @@ def confident_joint(
     counted off the diagonal whose likeliest class is not their label either: reaching a low
     threshold of a rare class is not enough. Probabilities of a network that was trained on the same
     labels call them right: take those of a network that did not see the example (cross-validation),
-    of an early epoch, or ELR's targets, normalised. ValueError: rows that are no distributions,
+    of an early epoch, or ELR's targets, normalised. Examples without a label (``IGNORED``) are of
+    no class and not counted. ValueError: rows that are no distributions,
     labels that are no classes.
 
     Reference: Northcutt, Jiang and Chuang 2021, arXiv 1911.00068, eq. 1 and 2.
@@ -146,15 +152,15 @@ def confident_joint(
         )
     n, c = p.shape
     _check_labels(labels, c)
-    rows = np.arange(n)
+    rows, known = np.arange(n), labels != IGNORED
     thresholds = np.array([_threshold(p[labels == j, j]) for j in range(c)])
     above = p >= thresholds
     best = np.where(above, p, -1).argmax(axis=1)
-    confident = np.where(above.any(axis=1), best, -1)
+    confident = np.where(above.any(axis=1) & known, best, -1)
     counts = np.zeros((c, c), np.int64)
     counted = rows[confident >= 0]
     np.add.at(counts, (labels[counted], confident[counted]), 1)
-    surer = p.max(axis=1) > p[rows, labels]
+    surer = p.max(axis=1) > p[rows, np.where(known, labels, 0)]
     return Joint(counts, thresholds, confident, (confident >= 0) & (confident != labels) & surer)
 
 
@@ -166,7 +172,8 @@ def _threshold(p: np.ndarray) -> float:
 def _check_labels(labels: np.ndarray, num_classes: int) -> None:
     if not np.issubdtype(labels.dtype, np.integer) or not labels.size:
         raise ValueError(f"labels must be integers, got {labels.dtype} of shape {labels.shape}")
-    if labels.min() < 0 or labels.max() >= num_classes:
+    given = labels[labels != IGNORED]
+    if given.size and (given.min() < 0 or given.max() >= num_classes):
         raise ValueError(
-            f"labels must be from 0 to {num_classes - 1}, got {labels.min()} to {labels.max()}"
+            f"labels must be from 0 to {num_classes - 1}, got {given.min()} to {given.max()}"
         )

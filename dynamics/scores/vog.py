@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from dynamics.losses import at_label
+from dynamics.losses import at_label, counted
 from dynamics.scores.forward import at_probability
 from dynamics.types import Batch, Task, TrainState
 
@@ -35,9 +35,9 @@ def input_gradient(
     network is sure). All examples at once, as the gradient of the sum of their z_y: in evaluation
     mode no example depends on another, so d (sum_j z_j) / d x_i = d z_i / d x_i.
 
-    Cost: one forward and one backward pass. ValueError: integer inputs (tokens), or several labels
-    an example. Reference: Agarwal, D'souza and Hooker 2022, arXiv 2008.11600; the code of their toy
-    example takes the probability.
+    NaN for an example without a label. Cost: one forward and one backward pass. ValueError: integer
+    inputs (tokens), or several labels an example. Reference: Agarwal, D'souza and Hooker 2022,
+    arXiv 2008.11600; the code of their toy example takes the probability.
     """
     if not jnp.issubdtype(batch.x.dtype, jnp.floating):
         raise ValueError(
@@ -56,7 +56,9 @@ def input_gradient(
             return at_probability(z, batch.y).sum()
         return jnp.where(at_label(z, batch.y), z, 0).sum()
 
-    return jax.grad(total)(batch.x)
+    found = jax.grad(total)(batch.x)
+    known = counted(batch.y).reshape(-1, *[1] * (found.ndim - 1))
+    return jnp.where(known, found, jnp.nan)
 
 
 def welford(

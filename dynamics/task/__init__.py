@@ -1,6 +1,7 @@
 """A model and a per-example loss become a Task; modes and batch statistics end here."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import jax
@@ -8,12 +9,14 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dynamics import losses
+from dynamics.calls import by_value
 from dynamics.task.elr import elr
 from dynamics.task.elr_plus import elr_plus
+from dynamics.task.methods import of_methods
 from dynamics.task.z_loss import z_loss
 from dynamics.types import Aux, Batch, Dataset, Key, PyTree, Scalars, Task
 
-__all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function", "z_loss"]
+__all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function", "of_methods", "z_loss"]
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -29,32 +32,44 @@ def classification(
 
     The module is called ``module.apply(variables, x, train=...)``; collections other than params
     (batch statistics) become ``extras``. Labels may have more axes than the batch (a token each):
-    an example's loss is the mean over them.
+    an example's loss is the mean over them. Where a label is ``IGNORED`` any ``loss`` is left out.
+    Tasks of equal modules, shapes and losses are equal; ``functools.partial(losses.label_smoothing,
+    epsilon=0.1)`` is a loss by its values, a lambda is equal to itself alone.
     """
+    shape = tuple(int(side) for side in input_shape)
+    return of_methods(_Classification(module, shape, by_value(loss), jnp.dtype(input_dtype)))
 
-    def init(key: Key) -> tuple[PyTree, PyTree]:
-        x = jnp.zeros((1, *input_shape), input_dtype)
-        variables = dict(module.init({"params": key, "dropout": key}, x, train=False))
+
+@dataclass(frozen=True)
+class _Classification:
+    module: nn.Module
+    input_shape: tuple[int, ...]
+    each: Loss
+    input_dtype: Any
+
+    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+        x = jnp.zeros((1, *self.input_shape), self.input_dtype)
+        variables = dict(self.module.init({"params": key, "dropout": key}, x, train=False))
         return variables.pop("params"), variables
 
-    def train(
-        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+    def loss(
+        self, params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
     ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
         variables = {"params": params, **extras}
         logits, extras = cast(
             tuple[jax.Array, PyTree],
-            module.apply(
+            self.module.apply(
                 variables, batch.x, train=True, mutable=list(extras), rngs={"dropout": key}
             ),
         )
-        found = _aux(loss, logits, batch)
+        found = _aux(self.each, logits, batch)
         return _mean(found.loss, batch), (dict(extras), found)
 
-    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
-        logits = module.apply({"params": params, **extras}, batch.x, train=False)
-        return _aux(loss, cast(jax.Array, logits), batch)
-
-    return Task(init, train, evaluate)
+    def evaluate(
+        self, params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars
+    ) -> Aux:
+        logits = self.module.apply({"params": params, **extras}, batch.x, train=False)
+        return _aux(self.each, cast(jax.Array, logits), batch)
 
 
 def of_function(
@@ -66,30 +81,45 @@ def of_function(
     """The task of any ``predict(params, x) -> logits``, the same in training and evaluation.
 
     ``x`` is a batch [b, ...] and so are the logits. ``init(key) -> params`` is needed to train;
-    to score parameters trained elsewhere, ``step.given(params)`` is their state.
+    to score parameters trained elsewhere, ``step.given(params)`` is their state. A start that
+    depends on the replica's hyperparameters, or that has extras, is the Task's own ``init``:
+    ``of_function(predict)._replace(init=(key, hyperparameters) -> (params, extras))``. Tasks of the
+    same functions are equal; of two lambdas with the same text they are not.
     """
+    return of_methods(_Function(by_value(predict), by_value(init), by_value(loss)))
 
-    def start(key: Key) -> tuple[PyTree, PyTree]:
-        if init is None:
+
+@dataclass(frozen=True)
+class _Function:
+    predict: Callable[[PyTree, jax.Array], jax.Array]
+    start: Callable[[Key], PyTree] | None
+    each: Loss
+
+    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+        if self.start is None:
             raise ValueError("task.of_function needs init=(key -> params) to make parameters")
-        return init(key), {}
+        return self.start(key), {}
 
-    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
-        return _aux(loss, predict(params, batch.x), batch)
-
-    def train(
-        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+    def loss(
+        self, params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
     ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
-        found = evaluate(params, extras, batch, hyperparameters)
+        found = self.evaluate(params, extras, batch, hyperparameters)
         return _mean(found.loss, batch), (extras, found)
 
-    return Task(start, train, evaluate)
+    def evaluate(
+        self, params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars
+    ) -> Aux:
+        return _aux(self.each, self.predict(params, batch.x), batch)
 
 
 def _aux(loss: Loss, logits: jax.Array, batch: Batch) -> Aux:
     each = loss(logits, batch.y)
-    each = each.reshape(each.shape[0], -1).mean(axis=1)
-    return Aux(loss=each, logits=logits, y=batch.y, index=batch.index)
+    if each.shape[:1] != batch.y.shape[:1]:
+        raise ValueError(
+            f"a loss must give a number for each label or example, got {each.shape} for logits "
+            f"{logits.shape} and labels {batch.y.shape}: logits are [examples, ..., outputs]"
+        )
+    return Aux(losses.over_labels(each, batch.y), logits=logits, y=batch.y, index=batch.index)
 
 
 def _mean(each: jax.Array, batch: Batch) -> jax.Array:

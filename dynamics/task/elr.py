@@ -1,13 +1,15 @@
 """Early-learning regularization: the network is held to what it said of an example before."""
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dynamics import losses
-from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task, Written
+from dynamics.task.methods import of_methods
+from dynamics.types import Aux, Batch, Key, Leaf, PyTree, Scalars, Task, Written
 
 BLOCK = 256  # the number of rows is a multiple of it, so that a table divides over devices
 
@@ -22,29 +24,38 @@ def elr(inner: Task, num_examples: int, num_classes: int) -> Task:
     ``elr_beta``; lambda = 0 is ``inner``. ``aux.loss`` is inner's, without the regulariser, whose
     mean is recorded as ``elr``. An example that is twice in a batch is held to one of its two
     targets. Cost: no forward pass; 4 rows C bytes a replica. ValueError, when traced: logits of
-    another shape, or a state without the hyperparameters.
+    another shape, or a state without the hyperparameters; by ``fit``, before: another number of
+    examples than the stream's dataset has.
 
     lambda <= 2 only delays memorising; above it an example stays with the class that it has a
     probability > lambda / (2 (lambda - 1)) of. The total loss is negative.
 
     Reference: Liu et al. 2020, arXiv 2007.00151, eq. 6 and algorithm 1.
     """
-    shape = table_shape(num_examples, num_classes)
+    check(inner, num_examples, num_classes)
+    return of_methods(_Elr(inner, num_examples, num_classes))
 
-    def init(key: Key) -> tuple[PyTree, PyTree]:
-        params, extras = inner.init(key)
+
+@dataclass(frozen=True)
+class _Elr:
+    inner: Task
+    num_examples: int
+    num_classes: int
+
+    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+        params, extras = self.inner.init(key, hyperparameters)
+        shape = table_shape(self.num_examples, self.num_classes)
         return params, {**extras, "targets": jnp.zeros(shape, jnp.float32)}
 
     def loss(
-        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+        self, params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
     ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
         held, beta = scalars(hyperparameters, "elr_lambda", "elr_beta")
         rest, table = _without(extras)
-        total, (rest, aux) = inner.loss(params, rest, batch, key, hyperparameters)
-        if aux.logits.shape != (len(batch.index), num_classes):
+        total, (rest, aux) = self.inner.loss(params, rest, batch, key, hyperparameters)
+        if aux.logits.shape != (wanted := (len(batch.index), self.num_classes)):
             raise ValueError(
-                f"elr needs logits of shape {(len(batch.index), num_classes)}, one row an example, "
-                f"got {aux.logits.shape}"
+                f"elr needs logits of shape {wanted}, one row an example, got {aux.logits.shape}"
             )
         targets = losses.elr_targets(aux.logits, table[batch.index], beta)
         each = losses.elr(aux.logits, targets)
@@ -52,19 +63,40 @@ def elr(inner: Task, num_examples: int, num_classes: int) -> Task:
         aux = dataclasses.replace(aux, scalars={**aux.scalars, "elr": mean})
         return total + held * mean, ({**rest, "targets": Written(batch.index, targets)}, aux)
 
-    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
-        return inner.evaluate(params, _without(extras)[0], batch, hyperparameters)
+    def evaluate(
+        self, params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars
+    ) -> Aux:
+        return self.inner.evaluate(params, _without(extras)[0], batch, hyperparameters)
 
-    return Task(init, loss, evaluate)
+    def network(self, params: PyTree, extras: PyTree) -> tuple[PyTree, PyTree]:
+        return self.inner.network(params, _without(extras)[0])
+
+    def layout(self, extras: PyTree) -> PyTree:
+        rest = _without(extras)[0]
+        within = self.inner.layout(rest)
+        within = dict.fromkeys(rest, within) if isinstance(within, str) else within
+        return {**within, "targets": "examples"}
+
+    @property
+    def bare(self) -> Task:
+        return self.inner.bare or self.inner
 
 
-def table_shape(num_examples: int, num_classes: int) -> tuple[int, int]:
-    """Of the targets of so many examples."""
+def check(inner: Task, num_examples: int, num_classes: int) -> None:
+    """ValueError: sizes that no targets have, or other examples than ``inner`` is for."""
     if num_examples < 1 or num_classes < 2:
         raise ValueError(
             "running targets need num_examples >= 1 and num_classes >= 2, got "
             f"{num_examples} and {num_classes}"
         )
+    if inner.num_examples not in (None, num_examples):
+        raise ValueError(
+            f"the task inside has tables for {inner.num_examples} examples, got {num_examples}"
+        )
+
+
+def table_shape(num_examples: int, num_classes: int) -> tuple[int, int]:
+    """Of the targets of so many examples."""
     return -(-num_examples // BLOCK) * BLOCK, num_classes
 
 
@@ -79,6 +111,6 @@ def scalars(hyperparameters: Scalars, *names: str) -> tuple[Any, ...]:
     return tuple(hyperparameters[name] for name in names)
 
 
-def _without(extras: PyTree) -> tuple[PyTree, jax.Array]:
+def _without(extras: PyTree) -> tuple[PyTree, Leaf]:
     """Inner's extras, and the targets."""
     return {name: tree for name, tree in extras.items() if name != "targets"}, extras["targets"]

@@ -1,16 +1,19 @@
 """ELR+: two networks, each held to what the other's weight average says of unmixed examples."""
 
 import dataclasses
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from dynamics import losses
-from dynamics.task.elr import scalars, table_shape
+from dynamics.task.elr import check, scalars, table_shape
+from dynamics.task.methods import of_methods
 from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task, Written
 
-NETS = ("first", "second")
+Net = Literal["first", "second"]
+NETS: tuple[Net, ...] = ("first", "second")
 
 
 def elr_plus(
@@ -23,6 +26,7 @@ def elr_plus(
     ramp: int = 40_000,
     ramp_lambda: bool = False,
     reweight: bool = False,
+    reads: Net = "first",
 ) -> Task:
     """Two networks of ``inner`` in one state; the entries of a batch go to them by turns.
 
@@ -38,18 +42,43 @@ def elr_plus(
 
     A pass of the other network's average is in training mode, and leaves no batch statistics.
     ``inner``'s own loss is not used, its logits are. ``evaluate``: the mean of both networks'
-    logits. ``aux``: of the mixed inputs, ``y`` of the example that weighs more. Microbatches count
-    as steps. State: twice inner's, twice its parameters, and 8 rows C bytes. Cost: two gradient
+    logits. ``aux``: of the mixed inputs, ``y`` of the example that weighs more. Features, and what
+    else reads weights, are of the network ``reads``: for the other make the task again with
+    ``reads="second"``, which trains as this one and takes the same state. Microbatches count as
+    steps. State: twice inner's, twice its parameters, and 8 rows C bytes. Cost: two gradient
     evaluations and two forward passes of a half. ValueError, when traced: inputs that are no
-    floats, an odd batch.
+    floats, an odd batch; at once: another network than these two; by ``fit``, before: another
+    number of examples than the stream's dataset has.
 
     Reference: Liu et al. 2020, arXiv 2007.00151, algorithm 2 and appendix G; label re-weighting and
     the other ramp are their code's, which also draws another noise for each network: not so here.
     """
-    shape = table_shape(num_examples, num_classes)
+    check(inner, num_examples, num_classes)
+    if reads not in NETS:
+        raise ValueError(f"reads must be one of {NETS}, got {reads!r}")
+    return of_methods(
+        _ElrPlus(inner, num_examples, num_classes, mixup, decay, ramp, ramp_lambda, reweight, reads)
+    )
 
-    def init(key: Key) -> tuple[PyTree, PyTree]:
-        made = {net: inner.init(jax.random.fold_in(key, k)) for k, net in enumerate(NETS)}
+
+@dataclass(frozen=True)
+class _ElrPlus:
+    inner: Task
+    num_examples: int
+    num_classes: int
+    mixup: float
+    decay: float
+    ramp: int
+    ramp_lambda: bool
+    reweight: bool
+    reads: Net
+
+    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+        made = {
+            net: self.inner.init(jax.random.fold_in(key, k), hyperparameters)
+            for k, net in enumerate(NETS)
+        }
+        shape = table_shape(self.num_examples, self.num_classes)
         params = {net: p for net, (p, _) in made.items()}
         return params, {
             "inner": {net: extras for net, (_, extras) in made.items()},
@@ -59,27 +88,27 @@ def elr_plus(
         }
 
     def loss(
-        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+        self, params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
     ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
         strength, beta = scalars(hyperparameters, "elr_lambda", "elr_beta")
         halves, steps = _halves(batch), extras["steps"]
-        averages = _averaged(extras["averages"], params, _decay(steps, decay, ramp))
-        if ramp_lambda:
-            strength = strength * _ramp(steps, ramp)
+        averages = _averaged(extras["averages"], params, _decay(steps, self.decay, self.ramp))
+        if self.ramp_lambda:
+            strength = strength * _ramp(steps, self.ramp)
         total, inside, targets, found = jnp.float32(0), {}, {}, []
         for k, (net, other) in enumerate(zip(NETS, NETS[::-1], strict=True)):
             mine, own = halves[k], jax.random.fold_in(key, k)
-            _, (_, seen) = inner.loss(
+            _, (_, seen) = self.inner.loss(
                 averages[other], extras["inner"][other], mine, own, hyperparameters
             )
             p = jax.lax.stop_gradient(jax.nn.softmax(seen.logits.astype(jnp.float32), axis=-1))
             moved = beta * extras["targets"][net][mine.index] + (1 - beta) * p
-            share = _share(own, mixup)
+            share = _share(own, self.mixup)
             mixed = dataclasses.replace(mine, x=_mixed(mine.x, share))
-            _, (inside[net], aux) = inner.loss(
+            _, (inside[net], aux) = self.inner.loss(
                 params[net], extras["inner"][net], mixed, own, hyperparameters
             )
-            each = _cross_entropy(aux.logits, mine.y, share, moved if reweight else None)
+            each = _cross_entropy(aux.logits, mine.y, share, moved if self.reweight else None)
             held = losses.elr(aux.logits, _mixed(moved, share))
             weight = jnp.float32(1) if batch.weight is None else mine.weight
             total += (weight * (each + strength * held)).mean()
@@ -88,7 +117,7 @@ def elr_plus(
         logits, each = (jnp.stack(xs, axis=1) for xs in list(zip(*found, strict=True))[:2])
         aux = Aux(
             loss=each.reshape(-1),
-            logits=logits.reshape(-1, num_classes),
+            logits=logits.reshape(-1, self.num_classes),
             y=batch.y,
             index=batch.index,
             scalars={"elr": (found[0][2] + found[1][2]) / 2},
@@ -96,16 +125,31 @@ def elr_plus(
         extras = {"inner": inside, "averages": averages, "targets": targets, "steps": steps + 1}
         return total, (extras, aux)
 
-    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
+    def evaluate(
+        self, params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars
+    ) -> Aux:
         found = [
-            inner.evaluate(params[net], extras["inner"][net], batch, hyperparameters).logits
+            self.inner.evaluate(params[net], extras["inner"][net], batch, hyperparameters).logits
             for net in NETS
         ]
         logits = (found[0] + found[1]) / 2
         each = losses.cross_entropy(logits, batch.y)
         return Aux(loss=each, logits=logits, y=batch.y, index=batch.index)
 
-    return Task(init, loss, evaluate)
+    def network(self, params: PyTree, extras: PyTree) -> tuple[PyTree, PyTree]:
+        return self.inner.network(params[self.reads], extras["inner"][self.reads])
+
+    def layout(self, extras: PyTree) -> PyTree:
+        return {
+            "inner": {net: self.inner.layout(extras["inner"][net]) for net in NETS},
+            "averages": "parameters",
+            "targets": "examples",
+            "steps": "replicated",
+        }
+
+    @property
+    def bare(self) -> Task:
+        return self.inner.bare or self.inner
 
 
 def _halves(batch: Batch) -> list[Batch]:
@@ -140,6 +184,8 @@ def _cross_entropy(
     onehot = losses.at_label(logits, labels).astype(jnp.float32)
     wanted = _mixed(onehot, share) * _mixed(targets, share)
     wanted /= wanted.sum(axis=-1, keepdims=True)
+    known = losses.counted(labels) | losses.counted(labels[::-1])
+    wanted = jnp.where(known[:, None], wanted, 0)
     return -jnp.sum(wanted * jax.nn.log_softmax(logits, axis=-1), axis=-1)
 
 

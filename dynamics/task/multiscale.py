@@ -7,6 +7,7 @@ Works with any task whose labels and logits have the two image axes of its input
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dynamics import losses
+from dynamics.task.methods import of_methods
 from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task
 
 SCALES = (0.75, 1.0, 1.5)
@@ -58,6 +60,7 @@ def multiscale(
     which see all scales, the native one last); or the mean over the scales of the cross-entropy of
     their resized logits, as the paper has it.
 
+    Pixels without a label (``IGNORED``) are in no cross-entropy; consistency knows no labels.
     Evaluation returns log q, q the mean of the scales' probabilities, so that softmax gives q; its
     loss is the cross-entropy of q. ``aux.scalars["consistency"]`` is recorded.
 
@@ -71,10 +74,22 @@ def multiscale(
         raise ValueError(f"scales must be one or more different numbers > 0, got {tuple(scales)}")
     if not 0 <= rho <= 1:
         raise ValueError(f"rho must be >= 0 and <= 1, got {rho!r}")
-    others = sorted(set(scales) - {1.0})
+    return of_methods(_Multiscale(task, tuple(scales), rho, per, cross_entropy))
 
-    def train(
-        params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
+
+@dataclass(frozen=True)
+class _Multiscale:
+    inner: Task
+    scales: tuple[float, ...]
+    rho: float
+    per: Per
+    cross_entropy: Literal["native", "scales"]
+
+    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+        return self.inner.init(key, hyperparameters)
+
+    def loss(
+        self, params: PyTree, extras: PyTree, batch: Batch, key: Key, hyperparameters: Scalars
     ) -> tuple[jax.Array, tuple[PyTree, Aux]]:
         _check(batch)
         if "consistency" not in hyperparameters:
@@ -83,34 +98,48 @@ def multiscale(
                 f"{sorted(hyperparameters)}: give it to fit.init, 0 to switch it off"
             )
         found = []
-        for i, scale in enumerate(others):
+        for i, scale in enumerate(sorted(set(self.scales) - {1.0})):
             other = jax.random.fold_in(key, i)
-            _, (extras, aux) = task.loss(
+            _, (extras, aux) = self.inner.loss(
                 params, extras, _resized(batch, scale), other, hyperparameters
             )
             found.append(_back(aux.logits, batch))
-        loss, (extras, aux) = task.loss(params, extras, batch, key, hyperparameters)
-        logits = jnp.stack([*found, *([aux.logits] if 1.0 in scales else [])])
-        if cross_entropy == "scales":
+        loss, (extras, aux) = self.inner.loss(params, extras, batch, key, hyperparameters)
+        logits = jnp.stack([*found, *([aux.logits] if 1.0 in self.scales else [])])
+        if self.cross_entropy == "scales":
             aux = dataclasses.replace(aux, loss=_mean_loss(logits, batch))
             loss = aux.loss.mean() if batch.weight is None else (batch.weight * aux.loss).mean()
-        extra = consistency(logits, rho=rho, per=per)
+        extra = consistency(logits, rho=self.rho, per=self.per)
         extra = extra.mean() if batch.weight is None else (batch.weight * extra).mean()
         scalars = aux.scalars | {"consistency": extra}
         loss = loss + hyperparameters["consistency"] * extra
         return loss, (extras, dataclasses.replace(aux, scalars=scalars))
 
-    def evaluate(params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars) -> Aux:
+    def evaluate(
+        self, params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars
+    ) -> Aux:
         _check(batch)
         seen = [
-            task.evaluate(params, extras, _resized(batch, scale), hyperparameters).logits
-            for scale in scales
+            self.inner.evaluate(params, extras, _resized(batch, scale), hyperparameters).logits
+            for scale in self.scales
         ]
         logits = jnp.stack([_back(one, batch) for one in seen])
         averaged = _log_mean(jax.nn.log_softmax(logits, axis=-1))
         return Aux(_mean_loss(averaged[None], batch), averaged, batch.y, batch.index)
 
-    return Task(task.init, train, evaluate)
+    def network(self, params: PyTree, extras: PyTree) -> tuple[PyTree, PyTree]:
+        return self.inner.network(params, extras)
+
+    def layout(self, extras: PyTree) -> PyTree:
+        return self.inner.layout(extras)
+
+    @property
+    def num_examples(self) -> int | None:
+        return self.inner.num_examples
+
+    @property
+    def bare(self) -> Task | None:
+        return self.inner.bare and of_methods(dataclasses.replace(self, inner=self.inner.bare))
 
 
 def _log_mean(log_p: Float[Array, "s b h w c"]) -> Float[Array, "b h w c"]:
@@ -119,9 +148,12 @@ def _log_mean(log_p: Float[Array, "s b h w c"]) -> Float[Array, "b h w c"]:
 
 
 def _mean_loss(logits: Float[Array, "s b h w c"], batch: Batch) -> Float[Array, "b"]:
-    """The cross-entropy of each image: the mean over scales and pixels."""
+    """The cross-entropy of each image: the mean over scales and pixels that have a label."""
     y = jnp.broadcast_to(batch.y[None], logits.shape[:-1])
-    return losses.cross_entropy(logits, y).mean(axis=(0, 2, 3))
+    here = losses.counted(batch.y)
+    count = jnp.maximum(here.sum(axis=(1, 2), keepdims=True), 1)
+    weight = jnp.where(here, here[0].size / count.astype(logits.dtype), 0)  # 1 where all have one
+    return (losses.cross_entropy(logits, y) * weight[None]).mean(axis=(0, 2, 3))
 
 
 def _resized(batch: Batch, scale: float) -> Batch:

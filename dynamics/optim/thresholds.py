@@ -4,8 +4,8 @@ Each of them is of ``1/2 s theta^2``: the update is unstable exactly if s is abo
 below zero. On a network s is the largest eigenvalue of the Hessian of the loss that is descended
 (mean or sum, with 1/2 or without, with z-loss or label smoothing if it has them) on the whole
 training set. The threshold certifies nothing else: not on a minibatch or a probe batch, whose
-Hessian is sharper on average (``sgd`` is about those), not with gradients clipped or rescaled
-(multiply the learning rate by the factor first), not for steps with noise. A network whose
+Hessian is sharper on average (``stability.sgd`` is about those), not with gradients clipped or
+rescaled (multiply the learning rate by the factor first), not for steps with noise. A network whose
 sharpness is at the threshold oscillates and need not diverge: gradient descent hovers 1 to 3 %
 above it.
 """
@@ -13,10 +13,7 @@ above it.
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from dynamics.optim import Constant, Train, factor
+from dynamics.optim.schedule import Constant
 
 Scalar = Any  # a number or an array of numbers, traced or not
 
@@ -67,59 +64,29 @@ def threshold(
     return (2 - shrinkage) * (1 + momentum) / (lookahead * scale * learning_rate) - l2
 
 
-def stability_threshold(
-    optimizer: Train,
-    learning_rate: Scalar | None = None,
-    *,
-    hyperparameters: Mapping[str, Scalar] | None = None,
-) -> Scalar:
-    """The ``threshold`` of ``optim.make(optimizer, ...)`` at the learning rate of now.
+def now(
+    rule: Any, learning_rate: Scalar | None, hyperparameters: Mapping[str, Scalar] | None
+) -> tuple[Scalar, dict[str, Scalar]]:
+    """The learning rate of now and all scalars of a rule, a config of ``optim.Optimizer``.
 
-    sgd: of the largest eigenvalue of the Hessian of the loss, weight decay left out of it. adam: of
-    the preconditioned Hessian, epsilon and the corrections for the first steps within the
-    preconditioner. ``hyperparameters`` (a state's, say) replace the config's momentum, weight decay
-    and peak rate. It is for steps that ``clip_norm`` leaves alone: where gradients are cut, give
-    the learning rate times the factor. See the module for what else this does not certify.
-
-    ValueError: no learning rate where a schedule moves it (``rate`` has it); ``base_fan_in``, with
-    which layers learn at different rates, so that no eigenvalue of the Hessian decides.
+    ``hyperparameters`` replace the config's. ValueError: no learning rate where a schedule moves
+    it; layers that learn or decay at different rates, so that no eigenvalue decides.
     """
-    h = {name: getattr(optimizer, name) for name in ("learning_rate", "momentum", "weight_decay")}
+    h = rule.hyperparameters()
     h |= {name: value for name, value in (hyperparameters or {}).items() if name in h}
-    if learning_rate is None and not isinstance(optimizer.schedule, Constant):
+    if learning_rate is None and not isinstance(rule.schedule, Constant):
         raise ValueError(
-            f"the schedule {type(optimizer.schedule).__name__} moves the learning rate: give the "
-            "one of now, thresholds.rate(optimizer, step, num_steps)"
+            f"the schedule {type(rule.schedule).__name__} moves the learning rate: give the "
+            "one of now, optim.rate(rule, step, num_steps)"
         )
-    if optimizer.base_fan_in:
+    if rule.base_fan_in:
         raise ValueError(
-            f"base_fan_in must be 0 for a threshold, got {optimizer.base_fan_in}: layers learn at "
+            f"base_fan_in must be 0 for a threshold, got {rule.base_fan_in}: layers learn at "
             "different rates; scale the Hessian by them on both sides, by their roots"
         )
-    eta = h["learning_rate"] if learning_rate is None else learning_rate
-    decay, l2, shrinkage = h["weight_decay"], 0.0, 0.0
-    if optimizer.independent_decay:
-        shrinkage = decay * eta / h["learning_rate"]  # only the schedule moves it
-    elif optimizer.rule == "adam":
-        shrinkage = decay * eta
-    else:
-        l2 = decay
-    if optimizer.rule == "sgd":
-        kind = {"nesterov": optimizer.nesterov}
-    elif optimizer.rule == "adam":
-        kind = {"average": True}
-    else:
-        raise ValueError(f"no threshold is known for the rule {optimizer.rule!r}")
-    return threshold(eta, h["momentum"], l2=l2, shrinkage=shrinkage, **kind)
-
-
-def rate(
-    optimizer: Train,
-    step: Scalar,
-    num_steps: int,
-    *,
-    hyperparameters: Mapping[str, Scalar] | None = None,
-) -> jax.Array:
-    """The learning rate of the update after ``step`` of ``num_steps`` steps."""
-    peak = (hyperparameters or {}).get("learning_rate", optimizer.learning_rate)
-    return factor(optimizer.schedule, num_steps)(jnp.asarray(step, jnp.int32)) * peak
+    if rule.decay != "all":
+        raise ValueError(
+            f"decay must be 'all' for a threshold, got {rule.decay!r}: what does not decay has "
+            "another one; add the decay to the Hessian and give weight_decay 0"
+        )
+    return h["learning_rate"] if learning_rate is None else learning_rate, h
