@@ -64,9 +64,7 @@ class Refused(Exception):
 
 def main(argv: Sequence[str]) -> int:
     """Carry out a command; the exit status: 0 done, 1 some runs are missing, 2 refused."""
-    names = [info.name for info in pkgutil.iter_modules(experiments.__path__)]
-    parts = ("__main__", "progress", "launch", "worker", "export", "training", "plan")
-    names = [n for n in names if n not in parts]
+    names = [info.name for info in pkgutil.iter_modules(experiments.__path__) if info.ispkg]
     usage = USAGE.format(names=", ".join(names))
     if argv[:1] == ["export"]:
         return export.main(argv[1:])

@@ -2,10 +2,10 @@
 
 Writes OUT/scores.npz and .parquet: a row for each training example in the order of the dataset,
 with ``index`` (its place in the file), ``label`` as trained on, and for each score its mean over
-the runs that did not diverge and saw the example, ``<score>``, and the standard error of that mean,
-``<score>_se`` (nan for one run). With --keep also OUT/subset.npz and .parquet, the rows that are
-kept. The .json beside them names the run, its config, the hash of the data, and how the subset was
-chosen.
+the runs that did not diverge and saw the example, ``<score>`` or ``<score>@<epoch>``, and the
+standard error of that mean, ``..._se`` (nan for one run). With --keep also OUT/subset.npz and
+.parquet, the rows that are kept. The .json beside them names the run, its config, the hash of the
+data, and how the subset was chosen.
 """
 
 import argparse
@@ -13,13 +13,23 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dynamics import record, scores, statistics
 
 HARD = ", ".join(f"{name} ({end})" for name, end in scores.HARD.items())
+KINDS = {name: name for name in scores.HARD} | {f"{name}_init": name for name in scores.HARD}
+
+
+class Mean(NamedTuple):
+    """A score of each example, averaged over runs."""
+
+    value: np.ndarray  # [N]
+    error: np.ndarray | None  # [N]: its standard error; None: of a score that no run has a part in
+    kind: str  # of ``scores.HARD``
+    replicas: int
 
 
 def main(argv: Sequence[str]) -> int:
@@ -52,15 +62,16 @@ def _export(options: argparse.Namespace) -> list[Path]:
     run = record.read(options.run)
     if not run.done:
         raise ValueError(f"{options.run} is not finished: run its command again")
-    if "index" not in run.arrays:
+    if not {"index", "labels"} <= run.arrays.keys():
         raise ValueError(f"{options.run} has no scores: it has {sorted(run.arrays)}")
-    columns, means = table(run.arrays)
+    means = averages(run)
+    columns = table(run, means)
     about: dict[str, Any] = {
         "run": run.fingerprint,
         "config": run.config,
         "data": run.provenance.get("data"),
-        "replicas": {name: len(run.arrays[name]) for name in means if run.arrays[name].ndim == 2},
-        "hard": {name: scores.HARD[_kind(name)] for name in means},
+        "replicas": {name: mean.replicas for name, mean in means.items() if mean.replicas},
+        "hard": {name: scores.HARD[mean.kind] for name, mean in means.items()},
     }
     paths = record.export(options.out, "scores", columns, about)
     if options.keep is not None:
@@ -70,32 +81,45 @@ def _export(options: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def table(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """The columns of all scores, and the means alone."""
-    n = len(arrays["index"])
-    columns = {"index": arrays["index"], "label": arrays["labels"]}
-    columns |= {name: arrays[name] for name in ("clean", "mislabelled") if name in arrays}
-    whole = np.isinf(arrays.get("diverged", np.array([np.inf])))
-    means: dict[str, np.ndarray] = {}
-    for name, value in sorted(arrays.items()):
-        if _kind(name) not in scores.HARD or value.shape[-1:] != (n,):
+def averages(run: record.Run) -> dict[str, Mean]:
+    """Every score by the name of its column, ``el2n@5``, in the order of the names."""
+    found = {}
+    for name, array in run.arrays.items():
+        if name not in KINDS:
             continue
-        if value.ndim == 1:
-            columns[name] = means[name] = value
+        if "epoch" not in array.dims:
+            found[name] = _mean(run, name, array)
             continue
-        if not (len(whole) == len(value) and whole.any()):
-            raise ValueError(f"no run of {name} is left that did not diverge")
-        means[name], error = statistics.over_replicas(value[whole])
-        columns |= {name: means[name], f"{name}_se": error}
-    return columns, means
+        for epoch in array.coords["epoch"]:
+            found[f"{name}@{epoch:g}"] = _mean(run, name, array.at(epoch=epoch))
+    return dict(sorted(found.items()))
 
 
-def _kind(name: str) -> str:
-    return name.split("@")[0].removesuffix("_init")
+def _mean(run: record.Run, name: str, array: record.Array) -> Mean:
+    """Over the runs that did not diverge. ValueError: there are none."""
+    if "replica" not in array.dims:
+        return Mean(array.values, None, KINDS[name], 0)
+    diverged = run.frames["scored"].sort("replica")["diverged"]
+    whole = array.values[diverged.is_null().to_numpy()]
+    if not len(whole):
+        raise ValueError(f"no run of {name} is left that did not diverge")
+    value, error = statistics.over_replicas(whole)
+    return Mean(value, error, KINDS[name], len(diverged))
+
+
+def table(run: record.Run, means: dict[str, Mean]) -> dict[str, np.ndarray]:
+    """The columns of all scores, and what is known of the examples."""
+    columns = {"index": run.arrays["index"].values, "label": run.arrays["labels"].values}
+    about = [name for name in ("clean", "mislabelled") if name in run.arrays]
+    columns |= {name: run.arrays[name].values for name in about}
+    for name, mean in means.items():
+        columns[name] = mean.value
+        columns |= {} if mean.error is None else {f"{name}_se": mean.error}
+    return columns
 
 
 def _subset(
-    options: argparse.Namespace, columns: dict[str, np.ndarray], means: dict[str, np.ndarray]
+    options: argparse.Namespace, columns: dict[str, np.ndarray], means: dict[str, Mean]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     if options.score not in means:
         raise ValueError(f"--score must be one of {', '.join(means)}; got {options.score}")
@@ -104,11 +128,12 @@ def _subset(
         raise ValueError(
             f"--keep must be above 0 and --keep + --drop at most 1, got {keep}, {drop}"
         )
-    high = (scores.HARD[_kind(options.score)] == "high") == (options.end == "hard")
+    mean = means[options.score]
+    high = (scores.HARD[mean.kind] == "high") == (options.end == "hard")
     count, dropped = round(keep * n), round(drop * n)
     dropped = min(dropped, n - count)
     rows = scores.window(
-        means[options.score] if high else -means[options.score],
+        mean.value if high else -mean.value,
         count,
         drop=dropped,
         labels=columns["label"] if options.balanced else None,

@@ -15,18 +15,21 @@ Differs from the reference code: a crop for each image, not one for a batch.
 from dynamics.config import grid
 from dynamics.data import DataConfig
 from dynamics.models import ResNet
-from dynamics.optim import Steps, Train
+from dynamics.optim import SGD, Steps
+from dynamics.training import Train
 from experiments.data_diet import Config, Connectivity, Pruning, Ranking, Scoring, Timing, Window
 
 config = Config(
     data=DataConfig(source="cifar10"),
     model=ResNet(depth=18, width=64, precision="bfloat16"),
     train=Train(
-        learning_rate=0.1,
-        momentum=0.9,
-        weight_decay=5e-4,
+        optimizer=SGD(
+            learning_rate=0.1,
+            momentum=0.9,
+            weight_decay=5e-4,
+            schedule=Steps(milestones=(0.3, 0.6, 0.8), decay=0.2),
+        ),
         batch_size=128,
-        schedule=Steps(milestones=(0.3, 0.6, 0.8), decay=0.2),
         augment="crop_flip",
     ),
     score=Scoring(epochs=(0.0, 1.0, 2.0, 5.0, 10.0, 20.0), horizon=200.0, replicas=10),

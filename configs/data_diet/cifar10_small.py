@@ -8,18 +8,21 @@ Says what the method does at this size, which is not what the paper measured at 
 from dynamics.config import grid
 from dynamics.data import DataConfig
 from dynamics.models import ResNet
-from dynamics.optim import Steps, Train
+from dynamics.optim import SGD, Steps
+from dynamics.training import Train
 from experiments.data_diet import Config, Pruning, Ranking, Scoring
 
 config = Config(
     data=DataConfig(source="cifar10", num_train=2_000, num_test=1_000),
     model=ResNet(depth=8, width=8),
     train=Train(
-        learning_rate=0.1,
-        momentum=0.9,
-        weight_decay=5e-4,
+        optimizer=SGD(
+            learning_rate=0.1,
+            momentum=0.9,
+            weight_decay=5e-4,
+            schedule=Steps(milestones=(0.6, 0.85), decay=0.2),
+        ),
         batch_size=50,
-        schedule=Steps(milestones=(0.6, 0.85), decay=0.2),
         augment="crop_flip",
     ),
     score=Scoring(epochs=(0.0, 4.0), horizon=10.0, replicas=4),

@@ -6,7 +6,8 @@ python -m experiments sweep data_diet configs/data_diet/digits.py    # every stu
 
 from dynamics.config import grid
 from dynamics.models import MLP
-from dynamics.optim import Train
+from dynamics.optim import SGD
+from dynamics.training import Train
 from experiments.data_diet import (
     Config,
     Pruning,
@@ -21,7 +22,7 @@ from experiments.data_diet import (
 
 config = Config(
     model=MLP(width=128, depth=2),
-    train=Train(learning_rate=0.02, momentum=0.9, weight_decay=5e-4, batch_size=64),
+    train=Train(optimizer=SGD(learning_rate=0.02, momentum=0.9, weight_decay=5e-4), batch_size=64),
     score=Scoring(replicas=20, also=("vog", "pvi")),  # GraNd at init needs more than the usual 10
     study=Pruning(replicas=10, epochs=20.0),
 )

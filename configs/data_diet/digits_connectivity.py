@@ -5,12 +5,13 @@ python -m experiments sweep data_diet configs/data_diet/digits_connectivity.py
 
 from dynamics.config import grid
 from dynamics.models import MLP
-from dynamics.optim import Train
+from dynamics.optim import SGD
+from dynamics.training import Train
 from experiments.data_diet import Config, Connectivity, Scoring
 
 config = Config(
     model=MLP(width=128, depth=1),
-    train=Train(learning_rate=0.05, momentum=0.9, batch_size=32),
+    train=Train(optimizer=SGD(learning_rate=0.05, momentum=0.9), batch_size=32),
     score=Scoring(epochs=(5.0,), replicas=10),
     study=Connectivity(replicas=8, epochs=40.0),
     noise=0.2,

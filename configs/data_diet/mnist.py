@@ -7,13 +7,14 @@ python -m experiments sweep data_diet configs/data_diet/mnist.py    # every stud
 from dynamics.config import grid
 from dynamics.data import DataConfig
 from dynamics.models import MLP
-from dynamics.optim import Train
+from dynamics.optim import SGD
+from dynamics.training import Train
 from experiments.data_diet import Config, Pruning, Ranking, Scoring, Timing, Window
 
 config = Config(
     data=DataConfig(source="mnist"),
     model=MLP(width=128, depth=1),
-    train=Train(weight_decay=5e-4),
+    train=Train(optimizer=SGD(weight_decay=5e-4)),
     score=Scoring(epochs=(0.0, 1.0, 2.0), replicas=10),
     study=Pruning(fractions=(0.2, 0.5), scored_at=2.0, replicas=4, epochs=3.0),
 )

@@ -10,19 +10,22 @@ python -m experiments sweep early_learning configs/early_learning/cifar10.py    
 from dynamics.config import grid
 from dynamics.data import DataConfig
 from dynamics.models import ResNet
-from dynamics.optim import Steps, Train
+from dynamics.optim import SGD, Steps
+from dynamics.training import Train
 from experiments.early_learning import Config, Curves, Plus, Rates
 
 config = Config(
     data=DataConfig(source="cifar10"),
     model=ResNet(depth=34),
     train=Train(
-        learning_rate=0.02,
-        momentum=0.9,
-        nesterov=False,
-        weight_decay=1e-3,
+        optimizer=SGD(
+            learning_rate=0.02,
+            momentum=0.9,
+            nesterov=False,
+            weight_decay=1e-3,
+            schedule=Steps(milestones=(1 / 3, 2 / 3), decay=0.01),
+        ),
         batch_size=128,
-        schedule=Steps(milestones=(1 / 3, 2 / 3), decay=0.01),
         augment="crop_flip",
     ),
     epochs=120.0,

@@ -7,13 +7,17 @@ python -m experiments sweep early_learning configs/early_learning/digits.py    #
 from dynamics.config import grid
 from dynamics.data import DataConfig
 from dynamics.models import MLP
-from dynamics.optim import Train
+from dynamics.optim import SGD
+from dynamics.training import Train
 from experiments.early_learning import Config, Curves, Grid, Plus, Rates
 
 config = Config(
     data=DataConfig(test_fraction=1 / 3),
     model=MLP(width=256, depth=2),
-    train=Train(learning_rate=0.02, momentum=0.9, nesterov=False, weight_decay=1e-3, batch_size=64),
+    train=Train(
+        optimizer=SGD(learning_rate=0.02, momentum=0.9, nesterov=False, weight_decay=1e-3),
+        batch_size=64,
+    ),
     epochs=40.0,
     rate=0.4,
     strength=7.0,

@@ -7,12 +7,13 @@ python -m experiments sweep segmentation_noise configs/segmentation_noise/shapes
 
 from dynamics.config import grid
 from dynamics.models import Unet
-from dynamics.optim import Train
+from dynamics.optim import Adam
+from dynamics.training import Train
 from experiments.segmentation_noise import Comparison, Config, Timing
 
 config = Config(
     model=Unet(width=8, levels=2, norm="none"),
-    train=Train(rule="adam", learning_rate=3e-3, batch_size=5),
+    train=Train(optimizer=Adam(learning_rate=3e-3), batch_size=5),
     epochs=60,
     study=Comparison(replicas=4),
 )

@@ -11,18 +11,16 @@ Reference: Paul, Ganguli and Dziugaite 2021, arXiv 2107.07075; the reproduction 
 initialisation by Kirsch 2023, arXiv 2303.14753.
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics import record, scores, statistics
+from dynamics import scores, statistics, training
 from dynamics.data import load as load_data
-from dynamics.data import sources
 from dynamics.data.sources import Splits
-from dynamics.record import Recorder, Table
-from experiments import training
+from dynamics.record import Array, Findings
 from experiments.data_diet import landscape, rescoring, retraining, scoring
 from experiments.data_diet.config import (
     Config,
@@ -37,9 +35,11 @@ from experiments.data_diet.config import (
     Velocity,
     Window,
 )
-from experiments.data_diet.scoring import Job
+from experiments.data_diet.scoring import Bank
+from experiments.experiment import Experiment, Job, check_mesh
 
 __all__ = [
+    "EXPERIMENT",
     "Config",
     "Connectivity",
     "Pruning",
@@ -62,105 +62,108 @@ def load(config: Config, folder: Path | str | None = None) -> Splits:
     return load_data(config.data, folder)
 
 
-def run(
-    config: Config, data: Splits, mesh: Mesh | None = None, *, store: Path | str | None = None
-) -> Table:
-    """One point of ``sweep``."""
-    return sweep((config,), data, mesh, store=store)[0]
+def study(job: Job[Config, Any]) -> Findings:
+    """The findings of the study that the points of a job ask for.
 
-
-def sweep(
-    configs: Sequence[Config],
-    data: Splits,
-    mesh: Mesh | None = None,
-    *,
-    store: Path | str | None = None,
-) -> list[Table]:
-    """The study at every point, all in one population; points differ in Replica fields only.
-
-    Rows and arrays are the study's: ``retraining``, ``rescoring``, ``landscape`` and ``rank`` say
-    which. Accuracies are 0..1, losses nats, nan where a run diverged; ``labels`` i32[N] are those
-    trained on, ``mislabelled`` bool[N] the wrong ones, ``index`` i32[N] the places in the file.
-    With a ``store`` the study and the scores it needs are each kept under the fingerprint of what
-    determines them. ValueError: a subset smaller than a batch.
+    Accuracies are 0..1, losses nats, null where a run diverged; frame ``scored`` says which of the
+    scoring runs did. Arrays of all studies: ``labels`` i32[N], those trained on, ``mislabelled``
+    bool[N] the wrong ones, ``index`` i32[N] the places in the file, ``input_norm`` f32[N].
     """
-    _check(configs, data, mesh)
-    about = {"data": sources.digest(data.train) + sources.digest(data.test), "source": data.name}
-    folder = None if store is None else Path(store, "data_diet")
-    scored = scoring.stored(data, mesh, None if folder is None else folder / "scores", about)
-    study = STUDIES[type(configs[0].study)]
+    match job.config.study:
+        case Pruning():
+            return retraining.prune(job.of(Pruning))
+        case Timing():
+            return retraining.time(job.of(Timing))
+        case Window():
+            return retraining.slide(job.of(Window))
+        case Transfer():
+            return retraining.transfer(job.of(Transfer))
+        case Ranking():
+            return rank(job.of(Ranking))
+        case Rescoring():
+            return rescoring.rescore(job.of(Rescoring))
+        case Connectivity():
+            return landscape.connect(job.of(Connectivity))
+        case Velocity():
+            return landscape.turn(job.of(Velocity))
 
-    def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return study(Job(points, scored, data, mesh, recorder))
 
-    return record.completed(folder, configs, compute, about)
-
-
-def rank(job: Job) -> list[Table]:
-    """Rows for each (score, epoch, replica): how well it ranks wrong labels first.
+def rank(job: Job[Config, Ranking]) -> Findings:
+    """Frame ``ranking``, a row for each (score, epoch, replica): how well it ranks wrong labels
+    first.
 
     ``auc`` is the probability that a mislabelled example is harder by the score than another one,
-    nan without wrong labels or where the score is the same for all; replica -1 is the mean over
-    replicas. Arrays: all of the scoring stage (``scoring.compute``), and of image data ``shown``
-    i32[2, C, S], the rows of the hardest and of the easiest examples of each class by EL2N, and
-    ``shown_images`` [2, C, S, ...].
+    null without wrong labels or where the score is the same for all; ``epoch`` is null for a score
+    that has none, ``replica`` for the mean over replicas. Arrays: all of the scoring stage
+    (``scoring.score``), and of image data ``shown`` i32[2, C, S], the rows of the hardest and of
+    the easiest examples of each class by EL2N, and ``shown_images`` [2, C, S, ...].
     """
-    tables = []
-    for arrays in job.banks():
-        wrong, rows = arrays["mislabelled"], []
-        for name in sorted(arrays):
-            kind, _, epoch = name.partition("@")
-            if kind not in scores.HARD:
-                continue
-            value, sign = arrays[name], 1 if scores.HARD[kind] == "high" else -1
-            runs = [] if value.ndim == 1 else list(enumerate(value))
-            for replica, one in [(-1, scoring.mean(arrays, name)), *runs]:
-                one = np.where(np.isnan(one), sign * np.inf, one)
-                known = wrong.any() and not wrong.all() and (one != one[0]).any()
-                auc = statistics.auc(sign * one, wrong) if known else np.nan
-                rows.append((kind, float(epoch or "nan"), replica, auc))
-        names = ("score", "epoch", "replica", "auc")
-        columns = {n: np.array(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)}
-        shown = _shown(job.points[0], arrays, job.data)
-        tables.append(Table({"stage": np.full(len(rows), "ranking")} | columns, arrays | shown))
-    return tables
+    banks, rows = scoring.banks(job), []
+    for p, bank in enumerate(banks):
+        for name in sorted(set(bank.arrays) & set(scores.HARD)):
+            for epoch in bank.arrays[name].coords.get("epoch", [None]):
+                rows += [{"point": p, **row} for row in _ranked(bank, name, epoch)]
+    arrays = {
+        name: Array(
+            np.stack([bank.arrays[name].values for bank in banks]),
+            ("point", *array.dims),
+            array.coords,
+        )
+        for name, array in banks[0].arrays.items()
+    }
+    types = {"epoch": pl.Float64, "replica": pl.Int64, "auc": pl.Float64}
+    frames = {
+        "ranking": pl.DataFrame(rows, infer_schema_length=None, schema_overrides=types),
+        "scored": retraining.scored(banks),
+    }
+    return Findings(frames, arrays | _shown(job, banks))
 
 
-def _shown(point: Config, arrays: scoring.Arrays, data: Splits) -> scoring.Arrays:
-    """The images at both ends of EL2N, by the class they are trained as."""
-    study = point.study
-    assert isinstance(study, Ranking)
-    labels, x = arrays["labels"], np.asarray(data.train.x)
-    fewest = np.bincount(labels, minlength=data.num_classes).min()
-    if x.ndim not in (3, 4) or fewest < study.shown:
+def _ranked(bank: Bank, name: str, epoch: float | None) -> list[dict[str, Any]]:
+    """Rows of one score at one epoch: of the mean over replicas, then of each."""
+    wrong, sign = bank["mislabelled"], 1 if scores.HARD[name] == "high" else -1
+    value = bank[name] if epoch is None else bank.at(name, epoch)
+    runs = [] if value.ndim == 1 else list(enumerate(value))
+    rows = []
+    for replica, one in [(None, bank.mean(name, epoch)), *runs]:
+        one = np.where(np.isnan(one), sign * np.inf, one)
+        known = wrong.any() and not wrong.all() and (one != one[0]).any()
+        auc = statistics.auc(sign * one, wrong) if known else None
+        at = None if epoch is None else float(epoch)
+        rows.append({"score": name, "epoch": at, "replica": replica, "auc": auc})
+    return rows
+
+
+def _shown(job: Job[Config, Ranking], banks: list[Bank]) -> dict[str, Array]:
+    """The images at both ends of EL2N, by the class they are trained as, of points that have enough
+    of each class.
+    """
+    data, count = job.data, job.study.shown
+    x, found, points = np.asarray(data.train.x), [], []
+    for p, bank in enumerate(banks):
+        labels = bank["labels"]
+        fewest = np.bincount(labels, minlength=data.num_classes).min()
+        if x.ndim not in (3, 4) or fewest < count:
+            continue
+        points.append(p)
+        order = np.argsort(bank.mean("el2n", job.study.scored_at), kind="stable")
+        classes = [order[labels[order] == c] for c in range(data.num_classes)]
+        found.append([[c[::-1][:count] for c in classes], [c[:count] for c in classes]])
+    if not points:
         return {}
-    order = np.argsort(scoring.mean(arrays, f"el2n@{study.scored_at:g}"), kind="stable")
-    classes = [order[labels[order] == c] for c in range(data.num_classes)]
-    rows = np.array(
-        [[c[::-1][: study.shown] for c in classes], [c[: study.shown] for c in classes]]
-    )
-    return {"shown": rows.astype(np.int32), "shown_images": x[rows]}
+    rows, dims = np.array(found, np.int32), ("point", "end", "class", "place")
+    images, at = ("y", "x", "channel")[: x.ndim - 1], {"point": np.array(points)}
+    return {"shown": Array(rows, dims, at), "shown_images": Array(x[rows], (*dims, *images), at)}
 
 
-STUDIES: dict[type, Callable[[Job], list[Table]]] = {
-    Pruning: retraining.prune,
-    Timing: retraining.time,
-    Window: retraining.slide,
-    Transfer: retraining.transfer,
-    Ranking: rank,
-    Rescoring: rescoring.rescore,
-    Connectivity: landscape.connect,
-    Velocity: landscape.turn,
-}
-
-
-def _check(points: Sequence[Config], data: Splits, mesh: Mesh | None) -> None:
+def check(job: Job[Config, Any]) -> None:
     """ValueError before anything is computed."""
-    config, study, n = points[0], points[0].study, len(data.train)
+    config, study, data, n = job.config, job.study, job.data, len(job.data.train)
     kept = min(getattr(study, "fractions", (getattr(study, "kept", 1.0),)))
-    members = _members(config)
+    members = members_of(config)
     for count in (config.score.replicas, *([members] if members else [])):
-        training.check(config.train, data, mesh, len(points) * count, kept)
+        check_mesh(job.mesh, len(job.points) * count, config.train.batch_size)
+    training.check_batch(config.train, data, kept)
     steps = [training.steps(config.train, data, epoch) for epoch in config.score.epochs]
     if len(set(steps)) < len(steps) or not steps[-1]:
         raise ValueError(
@@ -169,15 +172,13 @@ def _check(points: Sequence[Config], data: Splits, mesh: Mesh | None) -> None:
         )
     most = {Connectivity: n // 2, Velocity: n}.get(type(study), n)
     if getattr(study, "examples", 1) > most:
-        raise ValueError(
-            f"study.examples must be at most {most} of {n}, got {study.examples}"  # pyright: ignore
-        )
+        raise ValueError(f"study.examples must be at most {most} of {n}, got {study.examples}")
     if isinstance(study, Rescoring):
         rescoring.choices(config.train, study, data)
 
 
-def _members(config: Config) -> int:
-    """The replicas that a point of the study trains together, beside those that score."""
+def members_of(config: Config) -> int:
+    """The members that a point of the study trains together, beside those that score."""
     match study := config.study:
         case Pruning():
             return (1 + len(study.methods) * len(study.fractions)) * study.replicas
@@ -194,3 +195,7 @@ def _members(config: Config) -> int:
             return study.replicas
         case _:
             return 0
+
+
+EXPERIMENT = Experiment("data_diet", load, study, check)
+run, sweep = EXPERIMENT.run, EXPERIMENT.sweep

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from dynamics import models, optim
 from dynamics.config import Count, Fraction, NonNegative, Positive, Range, Replica, Seed, frozen
 from dynamics.data import DataConfig
+from dynamics.training import Train
 
 Part = Annotated[float, Range(above=0.0, below=1.0)]
 Method = Literal[
@@ -221,7 +222,7 @@ class Config:
 
     data: DataConfig = DataConfig()
     model: models.Model = models.MLP()
-    train: optim.Train = optim.Train(weight_decay=5e-4)
+    train: Train = Train(optimizer=optim.SGD(weight_decay=5e-4))
     score: Scoring = Scoring()
     study: Study = Pruning()
     noise: Annotated[Fraction, Replica] = 0.0
@@ -246,7 +247,7 @@ class ScoringConfig:
 
     data: DataConfig
     model: models.Model
-    train: optim.Train
+    train: Train
     score: Scoring
     noise: Annotated[Fraction, Replica]
     seed: Annotated[Seed, Replica]

@@ -1,176 +1,206 @@
 """Studies of where training leads and how its kernel turns, on examples of high and low score."""
 
-import dataclasses
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 
 from dynamics import mesh as meshes
-from dynamics import scores
+from dynamics import population, scores, training
+from dynamics.data.rows import subset
 from dynamics.landscape import barrier
 from dynamics.probes import KernelVelocity, Path
 from dynamics.probes.path import alphas, whole
-from dynamics.record import Table
+from dynamics.record import Findings
+from dynamics.training import Trained
 from dynamics.types import TrainState
-from experiments import training
 from experiments.data_diet import scoring
 from experiments.data_diet.config import Config, Connectivity, Velocity
-from experiments.data_diet.retraining import SHARED
-from experiments.data_diet.scoring import Job
+from experiments.data_diet.retraining import scored, shared
+from experiments.data_diet.scoring import Bank
+from experiments.experiment import Job
 
-SUBSETS = ("high", "low", "random")
 
-
-def connect(job: Job) -> list[Table]:
-    """Rows for each (spawn, subset, replica): the barriers between two children at the end.
+def connect(job: Job[Config, Connectivity]) -> Findings:
+    """Frame ``connectivity``, a row for each (spawn, subset, replica): the barriers between two
+    children at the end.
 
     ``error_barrier`` is of the training error (0..1), ``loss_barrier`` of the loss (nats), on the
     labels trained on, noise included. ``spawn`` is the epoch of the parent that both children
-    begin with, nan where they share nothing. Batch statistics are re-estimated on the path.
+    begin with, null where they share nothing. Batch statistics are re-estimated on the path.
+    Weights: ``children-<step>``, those of both children of each parent.
     """
-    points, data, banks, study = job.points, job.data, job.banks(), job.points[0].study
-    assert isinstance(study, Connectivity)
-    r, net = study.replicas, training.net_of(points[0].model, data)
-    settings, seeds = job.settings, job.seeds
-    total = training.steps(settings[0], data, study.epochs)
-    chosen = [_extremes(point, bank, study) for point, bank in zip(points, banks, strict=True)]
+    study, data, banks = job.study, job.data, scoring.banks(job)
+    parents = _members(job)
+    children = pl.concat([parents.with_columns(child=pl.lit(c)) for c in range(2)])
+    children = children.drop("member").with_row_index("member")
+    both = [training.keys(parents, purpose) for purpose in (scoring.CHILD, scoring.OTHER)]
+    chosen = [_extremes(job, p, bank) for p, bank in enumerate(banks)]
     every = np.unique(np.concatenate([rows for mine in chosen for rows in mine.values()]))
-    labels = np.repeat([bank["labels"] for bank in banks], r, axis=0)
-    train, both_labels = data.train, np.tile(labels, (2, 1))
-    options = {"net": net, "data": train, "mesh": job.mesh, "total": total}
-    subset = dataclasses.replace(
-        train, x=train.x[every], y=train.y[every], index=train.index[every]
-    )
-    own = both_labels[:, every]
-    path = Path(net, subset, (total,), points=study.points, labels=own, train=train)
+    labels = np.stack([banks[p]["labels"] for p in parents["point"]])
+    own = np.concatenate([labels, labels])
+    total = training.steps(job.config.train, data, study.epochs)
+    path = Path((total,), on="chosen", points=study.points, labels=own[:, every], train="train")
+    sets = {"chosen": subset(data.train, every), "train": data.train}
+    frames, weights = [], {}
 
-    def children(start: TrainState | None, roots: jax.Array, name: str) -> dict[str, np.ndarray]:
-        results = training.train(
-            settings * 2,
-            roots,
-            num_steps=total,
-            recorder=job.stage(name),
+    def grown(start: TrainState | None, name: str, spawn: float | None) -> None:
+        trained = scoring.fitted(
+            job,
+            job.config,
+            children,
+            jnp.concatenate(both),
+            total,
             name="children",
+            store=job.stage(name),
             start=start,
             probes=[path],
-            labels=both_labels,
-            **options,
+            labels=own,
+            sets=sets,
         )
-        found = {m: whole(results.arrays[f"path.{m}@{total}"]) for m in ("accuracy", "loss")}
-        return found | {"diverged": results.arrays["diverged"].reshape(2, -1).min(axis=0)}
+        weights[name] = (trained.members, trained.state)
+        frames.append(_barriers(trained, study, chosen, every, spawn))
 
-    other = [training.keys(seeds, r, purpose) for purpose in (scoring.CHILD, scoring.OTHER)]
-    found: list[tuple[float, dict[str, np.ndarray]]] = []
     if study.independent:
-        found.append((np.nan, children(None, jnp.concatenate(other), "independent")))
-    parent, roots = None, training.keys(seeds, r, scoring.RETRAINING)
+        grown(None, "independent", None)
+    parent = None
     for epoch in sorted(study.spawn):
-        step = training.steps(settings[0], data, epoch)
-        parent = training.train(
-            *(settings, roots),
-            num_steps=step,
-            recorder=job.stage(f"parent {step}"),
+        step = training.steps(job.config.train, data, epoch)
+        parent = scoring.fitted(
+            job,
+            job.config,
+            parents,
+            scoring.RETRAINING,
+            step,
             name="parent",
+            store=job.stage(f"parent-{step}"),
+            total=total,
             start=parent,
             labels=labels,
-            **options,
         ).state
+        assert parent is not None
         here = meshes.fetch(parent)
-        both = jax.tree.map(lambda x: jnp.concatenate([x, x]), here)
-        found.append((epoch, children(both, jnp.concatenate(other), f"children {step}")))
-    return [
-        Table(_barriers(found, mine, every, p, r, study), {name: bank[name] for name in SHARED})
-        for p, (mine, bank) in enumerate(zip(chosen, banks, strict=True))
-    ]
+        grown(population.concatenate([here, here]), f"children-{step}", epoch)
+    found = {"connectivity": pl.concat(frames), "scored": scored(banks)}
+    return Findings(found, shared(banks), weights)
 
 
-def _extremes(point: Config, bank: scoring.Arrays, study: Connectivity) -> dict[str, np.ndarray]:
+def _members(job: Job[Config, Any]) -> pl.DataFrame:
+    return job.members(
+        lambda point, _: [point.train.optimizer.hyperparameters()], job.study.replicas
+    )
+
+
+def _extremes(job: Job[Config, Connectivity], p: int, bank: Bank) -> dict[str, np.ndarray]:
     """The hardest, the easiest, and random examples."""
-    mean, m = scoring.mean(bank, f"el2n@{study.scored_at:g}"), study.examples
+    point, m = job.points[p], job.study.examples
+    mean = bank.mean("el2n", job.study.scored_at)
     return {
         "high": scores.keep(mean, m, "highest", seed=point.seed),
         "low": scores.keep(mean, m, "lowest", seed=point.seed),
-        "random": scoring.chosen("random", bank, m, point.seed, 0, at=0.0),
+        "random": scoring.chosen("random", bank, m, point.seed, 0),
     }
 
 
-def _barriers(found, chosen, every, p: int, r: int, study: Connectivity) -> dict[str, np.ndarray]:
-    columns: dict[str, list] = {}
-    places, here = alphas(study.points), slice(p * r, (p + 1) * r)
-    for epoch, paths in found:
-        for subset, rows in chosen.items():
-            at = np.searchsorted(every, rows)
-            error, loss = (paths[m][:, here][..., at].mean(axis=-1) for m in ("accuracy", "loss"))
-            for replica in range(r):
-                row = {
-                    "stage": "connectivity",
-                    "spawn": epoch,
-                    "subset": subset,
-                    "replica": replica,
-                    "error_barrier": barrier(1 - error[:, replica], places),
-                    "loss_barrier": barrier(loss[:, replica], places),
-                    "end_error": 1 - error[[0, -1], replica].mean(),
-                    "diverged": paths["diverged"][p * r + replica],
-                }
-                for name, value in row.items():
-                    columns.setdefault(name, []).append(value)
-    return {name: np.array(values) for name, values in columns.items()}
+def _barriers(
+    trained: Trained,
+    study: Connectivity,
+    chosen: list[dict[str, np.ndarray]],
+    every: np.ndarray,
+    spawn: float | None,
+) -> pl.DataFrame:
+    """The barriers between the two children of every parent; null where one diverged."""
+    paths = {
+        metric: whole(trained.arrays["path", metric].values[-1]) for metric in ("accuracy", "loss")
+    }
+    places, rows = alphas(study.points), []
+    first, second = (trained.members.filter(pl.col("child") == c) for c in range(2))
+    lost = pl.min_horizontal(first["diverged"], second["diverged"])
+    pairs = first.with_columns(diverged=lost).rows(named=True)
+    for pair, member in enumerate(pairs):
+        for name, examples in chosen[member["point"]].items():
+            at = np.searchsorted(every, examples)
+            accuracy = paths["accuracy"][:, pair][:, at].mean(axis=-1)
+            loss = paths["loss"][:, pair][:, at].mean(axis=-1)
+            measured = {
+                "error_barrier": float(barrier(1 - accuracy, places)),
+                "loss_barrier": float(barrier(loss, places)),
+                "end_error": float(1 - accuracy[[0, -1]].mean()),
+            }
+            if member["diverged"] is not None:
+                measured = dict.fromkeys(measured)
+            about = {n: member[n] for n in ("point", "replica", "diverged")}
+            rows.append({"spawn": spawn, "subset": name, **about, **measured})
+    columns = ("spawn", "error_barrier", "loss_barrier", "end_error")
+    types = dict.fromkeys(columns, pl.Float64) | {"diverged": pl.Int64}
+    return pl.DataFrame(rows, infer_schema_length=None, schema_overrides=types)
 
 
-def turn(job: Job) -> list[Table]:
-    """Rows for each (order, group, epoch, replica): how its kernel turned over the epoch before.
+def turn(job: Job[Config, Velocity]) -> Findings:
+    """Frame ``velocity``, a row for each (order, group, epoch, replica): how its kernel turned over
+    the epoch before.
 
     Groups of order ``el2n`` are examples of neighbouring mean EL2N, ``rank`` the middle of a group
     in 0 (easiest) .. 1; those of order ``random`` are neighbours in a random order. ``el2n`` is the
     group's mean score, ``mislabelled`` the part of it whose labels are wrong.
     """
-    points, data, banks, study = job.points, job.data, job.banks(), job.points[0].study
-    assert isinstance(study, Velocity)
-    r, m, n = study.replicas, study.examples, len(data.train)
-    starts = np.round(np.linspace(0, n - m, study.groups)).astype(int)
-    means = [scoring.mean(bank, f"el2n@{study.scored_at:g}") for bank in banks]
-    groups = np.array(
-        [_groups(mean, starts, m, p.seed) for mean, p in zip(means, points, strict=True)]
-    )
-    net = training.net_of(points[0].model, data)
-    epochs = {training.steps(job.settings[0], data, e): e for e in range(study.epochs + 1)}
-    results = training.train(
-        *(job.settings, training.keys(job.seeds, r, scoring.RETRAINING), net, data.train),
-        *(max(epochs), job.mesh, job.recorder),
+    study, data, banks = job.study, job.data, scoring.banks(job)
+    members = _members(job)
+    about, groups = _groups(job, banks)
+    epochs = {training.steps(job.config.train, data, e): e for e in range(study.epochs + 1)}
+    own = members["point"].to_list()
+    trained = scoring.fitted(
+        job,
+        job.config,
+        members,
+        scoring.RETRAINING,
+        max(epochs),
         name="velocity",
-        probes=[KernelVelocity(net, data.train, np.repeat(groups, r, axis=0), tuple(epochs))],
-        labels=np.repeat([bank["labels"] for bank in banks], r, axis=0),
+        store=job.recorder,
+        probes=[KernelVelocity(tuple(epochs), groups[own], on="train")],
+        labels=np.stack([banks[p]["labels"] for p in own]),
     )
-    velocities = {
-        epoch: results.arrays[f"kernel.velocity@{step}"] for step, epoch in epochs.items() if epoch
-    }
-    tables = []
-    for p, bank in enumerate(banks):
-        here = slice(p * r, (p + 1) * r)
-        each = np.stack([found[here] for found in velocities.values()])  # [epoch, replica, group]
-        place = {
-            "order": np.repeat(["el2n", "random"], study.groups),
-            "rank": np.tile((starts + m / 2) / n, 2),
-            "el2n": means[p][groups[p]].mean(axis=1),
-            "mislabelled": bank["mislabelled"][groups[p]].mean(axis=1),
-        }
-        columns = {
-            "stage": np.full(each.size, "velocity"),
-            "epoch": np.repeat(list(velocities), each[0].size),
-            "replica": np.tile(np.repeat(np.arange(r), each.shape[2]), len(each)),
-            "diverged": np.tile(
-                np.repeat(results.arrays["diverged"][here], each.shape[2]), len(each)
-            ),
-            **{name: np.tile(values, each[:, :, 0].size) for name, values in place.items()},
-            "velocity": each.reshape(-1),
-        }
-        tables.append(Table(columns, {name: bank[name] for name in SHARED}))
-    return tables
+    when = pl.DataFrame({"step": list(epochs), "epoch": list(epochs.values())})
+    frame = (
+        trained.arrays["kernel", "velocity"]
+        .frame("velocity")
+        .join(when, on="step", maintain_order="left")
+        .join(trained.members, on="member", maintain_order="left")
+        .join(about, on=["point", "group"], maintain_order="left")
+        .filter(pl.col("diverged").is_null() | (pl.col("step") <= pl.col("diverged")))
+        .select("point", "order", "rank", "el2n", "mislabelled", "epoch", "replica", "velocity",
+                "diverged")
+    )  # fmt: skip
+    return Findings({"velocity": frame, "scored": scored(banks)}, shared(banks))
 
 
-def _groups(mean: np.ndarray, starts: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """Rows of the groups in the order of the score, then of those in a random order."""
-    draw = np.random.Generator(np.random.PCG64([seed, scoring.RANDOM]))
-    orders = (np.argsort(mean, kind="stable"), draw.permutation(len(mean)))
-    return np.array([order[s : s + size] for order in orders for s in starts])
+def _groups(job: Job[Config, Velocity], banks: list[Bank]) -> tuple[pl.DataFrame, np.ndarray]:
+    """What each (point, group) is, and its rows i32[point, group, example].
+
+    Groups in the order of the score come first, then those in a random order.
+    """
+    study, n = job.study, len(job.data.train)
+    starts = np.round(np.linspace(0, n - study.examples, study.groups)).astype(int)
+    about, groups = [], []
+    for p, (point, bank) in enumerate(zip(job.points, banks, strict=True)):
+        mean = bank.mean("el2n", study.scored_at)
+        draw = np.random.Generator(np.random.PCG64([point.seed, scoring.RANDOM]))
+        orders = {"el2n": np.argsort(mean, kind="stable"), "random": draw.permutation(n)}
+        mine = []
+        for order, examples in orders.items():
+            for start in starts:
+                rows = examples[start : start + study.examples]
+                about.append(
+                    {
+                        "point": p,
+                        "group": len(mine),
+                        "order": order,
+                        "rank": (start + study.examples / 2) / n,
+                        "el2n": mean[rows].mean(),
+                        "mislabelled": bank["mislabelled"][rows].mean(),
+                    }
+                )
+                mine.append(rows)
+        groups.append(mine)
+    return pl.DataFrame(about), np.array(groups)

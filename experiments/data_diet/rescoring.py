@@ -6,65 +6,76 @@ alone, which costs one forward pass of the data for each choice. Reference: Atte
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import polars as pl
 
-from dynamics import scores
+from dynamics import mesh as meshes
+from dynamics import scores, training
 from dynamics.data.sources import Splits
-from dynamics.optim import Train
-from dynamics.probes import Evaluate, Score
-from dynamics.record import Table
-from dynamics.types import Results
-from experiments import training
+from dynamics.probes import Evaluate
+from dynamics.record import Findings
+from dynamics.scores.examples import over_examples
+from dynamics.training import Train
+from dynamics.types import Context, PyTree, TrainState
 from experiments.data_diet import scoring
 from experiments.data_diet.config import Config, Rescoring
-from experiments.data_diet.retraining import SHARED
-from experiments.data_diet.scoring import Job
+from experiments.data_diet.retraining import scored, shared
+from experiments.experiment import Job
 
 METHODS = ("full", "random", "random_again", "once", "again")  # what is chosen at each choice
 
 
-def rescore(job: Job) -> list[Table]:
-    """Rows for each (method, epoch, replica): accuracy at every choice and at the end.
+def rescore(job: Job[Config, Rescoring]) -> Findings:
+    """Frame ``rescoring``, a row for each (method, epoch, replica): accuracy at every choice and at
+    the end.
 
     ``once`` keeps the hardest at the end of the warm-up, ``again`` anew at every choice; ``random``
-    and ``random_again`` draw instead. ``overlap`` is the part of the new choice that was in the
-    one before (nan where there was none before or after).
+    and ``random_again`` draw instead. ``kept`` is the number of examples trained on up to there,
+    ``overlap`` the part of the new choice that was in the one before (null where there was none
+    before or after).
     """
-    banks, points, data = job.banks(), job.points, job.data
-    study, n = points[0].study, len(data.train)
-    assert isinstance(study, Rescoring)
-    first, r = points[0], study.replicas
-    bounds = choices(first.train, study, data)
-    net = training.net_of(first.model, data)
-    roots = training.keys(job.seeds, r, scoring.RETRAINING)
-    roots = jax.numpy.repeat(roots.reshape(len(points), 1, r), len(METHODS), axis=1).reshape(-1)
-    labels = np.repeat([bank["labels"] for bank in banks], len(METHODS) * r, axis=0)
-    count, members = round(study.kept * n), len(points) * len(METHODS) * r
-    rows = np.tile(np.arange(n, dtype=np.int32), (members, 1))
-    sizes, state, tables = np.full(members, n, np.int32), None, []
-    for i, end in enumerate(bounds):
-        last = end == bounds[-1]
-        probes = [
-            Evaluate(net, data.test, (end,)),
-            Score(scores.el2n, net, data.train, (end,), "el2n", labels),
-        ]
-        results = training.train(
-            *(job.settings, roots, net, data.train, end, job.mesh, job.stage(f"until {end}")),
-            name="rescore",
-            total=bounds[-1],
-            start=state,
-            probes=probes[: 1 if last else 2],
-            labels=labels,
-            rows=rows,
-            sizes=sizes,
-        )
-        state, before = results.state, (rows, sizes)
-        if not last:
-            rows, sizes = _choose(results.arrays[f"el2n.score@{end}"], before, count, points, r, i)
-        tables.append(_columns(results, end, before, None if last else (rows, sizes), data, first))
-    return _tables(tables, banks, points, r)
+    study, data, banks, n = job.study, job.data, scoring.banks(job), len(job.data.train)
+    bounds, count = choices(job.config.train, study, data), round(study.kept * n)
+    members = training.table(
+        [{"seed": point.seed, **point.train.optimizer.hyperparameters()} for point in job.points],
+        lambda _: [{"method": method} for method in METHODS],
+        study.replicas,
+    )
+    trained = scoring.fitted(
+        job,
+        job.config,
+        members,
+        scoring.RETRAINING,
+        bounds[-1],
+        name="rescore",
+        store=job.recorder,
+        probes=[Evaluate(tuple(bounds), on="test")],
+        revision=Choice(tuple(bounds[:-1]), members, count),
+        labels=np.stack([banks[p]["labels"] for p in members["point"]]),
+        rows=np.broadcast_to(np.arange(n, dtype=np.int32), (len(members), n)),
+        sizes=np.full(len(members), n, np.int32),
+    )
+    per = n // job.config.train.batch_size
+    chosen = trained.measured["choice"].select("member", "step", "common")
+    tested = [
+        trained.at("test", step).with_columns(step=pl.lit(step, pl.Int64), epoch=step / per)
+        for step in bounds
+    ]
+    frame = pl.concat(tested).join(chosen, on=["member", "step"], how="left", maintain_order="left")
+    whole = (pl.col("method") == "full") | (pl.col("step") == bounds[0])
+    frame = frame.with_columns(kept=pl.when(whole).then(n).otherwise(count))
+    # polars divides by a number by multiplying with its inverse, by a column exactly
+    frame = frame.with_columns(overlap=pl.when(~whole).then(pl.col("common") / pl.col("kept")))
+    frame = frame.rename({"accuracy": "test_accuracy", "loss": "test_loss"})
+    columns = ("point", "method", "replica", "epoch", "kept", "overlap", "test_accuracy",
+               "test_loss", "diverged")  # fmt: skip
+    frames = {"rescoring": frame.select(columns), "scored": scored(banks)}
+    return Findings(frames, shared(banks))
 
 
 def choices(train: Train, study: Rescoring, data: Splits) -> list[int]:
@@ -83,52 +94,50 @@ def choices(train: Train, study: Rescoring, data: Splits) -> list[int]:
     return [*range(warm, total, every), total]
 
 
-def _choose(
-    el2n: np.ndarray, before: tuple, count: int, points: Sequence[Config], r: int, i: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rows and sizes of every replica after choice ``i``."""
-    rows, sizes = before[0].copy(), before[1].copy()
-    n = rows.shape[1]
-    for k in range(len(rows)):
-        method, replica = METHODS[k // r % len(METHODS)], k % r
-        seed = points[k // (r * len(METHODS))].seed
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A revision of the rows that members train on, by their ``method``.
+
+    Metric ``common`` f32[K]: how many of the examples that a member was trained on before it is
+    trained on after. Cost: a forward pass of the data for each member and choice.
+    """
+
+    every: Sequence[int]
+    members: pl.DataFrame
+    count: int
+    name: str = "choice"
+
+    def start(self, context: Context, own: PyTree, state: TrainState) -> PyTree:
+        """Nothing is remembered but the rows themselves."""
+        return ()
+
+    def revise(
+        self, context: Context, carry: PyTree, own: PyTree, state: TrainState
+    ) -> tuple[PyTree, PyTree, dict[str, jax.Array]]:
+        """The rows and sizes of every member after the choice."""
+        step = int(state.step)
+        data, labels = context.data["train"], meshes.fetch(own["labels"])
+        el2n = meshes.fetch(
+            over_examples(scores.el2n, context.task, state, data, labels=labels, each=context.each)
+        )
+        before, sizes = (np.array(meshes.fetch(own[name])) for name in ("rows", "size"))
+        rows, after = before.copy(), sizes.copy()
+        common = np.zeros(len(rows), np.float32)
+        for k, member in enumerate(self.members.rows(named=True)):
+            chosen = self._chosen(member, self.every.index(step), el2n[k])
+            if chosen is not None:
+                rows[k, : self.count], after[k] = chosen, self.count
+            common[k] = len(np.intersect1d(before[k, : sizes[k]], rows[k, : after[k]]))
+        return carry, {**own, "rows": rows, "size": after}, {"common": jnp.asarray(common)}
+
+    def _chosen(self, member: dict[str, Any], i: int, el2n: np.ndarray) -> np.ndarray | None:
+        """What a member is trained on after choice ``i``; None: what it was before."""
+        method, seed = member["method"], member["seed"]
         if method == "full" or (i > 0 and method in ("random", "once")):
-            continue
+            return None
         if method in ("random", "random_again"):
-            draw = np.random.SeedSequence([seed, scoring.RANDOM, replica, i]).generate_state(1)[0]
-            kept = scores.random(n, count, seed=int(draw))
-        else:
-            own = el2n[k] if np.isfinite(el2n[k]).all() else np.zeros(n)
-            kept = scores.keep(own, count, "highest", seed=seed)
-        rows[k, :count], sizes[k] = kept, count
-    return rows, sizes
-
-
-def _columns(
-    results: Results, end: int, before: tuple, after: tuple | None, data: Splits, first: Config
-) -> dict[str, np.ndarray]:
-    """What was measured at a choice, and how much of the choice was in the one before."""
-    overlap = np.full(len(before[1]), np.nan)
-    if after is not None:
-        for k, (a, m, b, count) in enumerate(zip(*before, *after, strict=True)):
-            if m < len(a):
-                overlap[k] = len(np.intersect1d(a[:m], b[:count])) / count
-    per = len(data.train) // first.train.batch_size
-    epoch = np.full(len(overlap), end / per)
-    tested = training.tested_at(results, end)
-    return tested | {"kept": before[1], "overlap": overlap, "epoch": epoch}
-
-
-def _tables(parts: list[dict], banks: list, points: Sequence[Config], r: int) -> list[Table]:
-    members = len(METHODS) * r
-    tables = []
-    for p, bank in enumerate(banks):
-        here = slice(p * members, (p + 1) * members)
-        columns = {name: np.concatenate([part[name][here] for part in parts]) for name in parts[0]}
-        columns = {
-            "stage": np.full(members * len(parts), "rescoring"),
-            "method": np.tile(np.repeat(METHODS, r), len(parts)),
-            "replica": np.tile(np.arange(r), len(METHODS) * len(parts)),
-        } | columns
-        tables.append(Table(columns, {name: bank[name] for name in SHARED}))
-    return tables
+            entropy = [seed, scoring.RANDOM, member["replica"], i]
+            draw = np.random.SeedSequence(entropy).generate_state(1)[0]
+            return scores.random(len(el2n), self.count, seed=int(draw))
+        known = el2n if np.isfinite(el2n).all() else np.zeros(len(el2n))
+        return scores.keep(known, self.count, "highest", seed=seed)

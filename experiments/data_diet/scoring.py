@@ -1,68 +1,134 @@
 """The scoring stage: every score of every example, at every epoch asked for, stored once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
 from dynamics import config as configs
-from dynamics import optim, record, scores, statistics
+from dynamics import optim, scores, statistics, training
 from dynamics.data import corrupt
 from dynamics.data.sources import Splits
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, VarianceOfGradients
-from dynamics.record import Recorder, Table
-from dynamics.types import Batch, Task, TrainState
-from experiments import training, worker
+from dynamics.record import Array, Findings
+from dynamics.training import Trained
+from dynamics.types import Batch, Dataset, Task, TrainState
+from experiments import worker
 from experiments.data_diet.config import Config, Method, ScoringConfig, scoring_part
+from experiments.experiment import Experiment, Job, indices
 
 SCORING, RETRAINING, RANDOM, CHILD, OTHER = range(5)  # purposes of the seed
-
-Arrays = dict[str, np.ndarray]
-Scored = Callable[[Sequence[ScoringConfig]], list[Arrays]]
-
-
-class Job(NamedTuple):
-    """A study at all its points, and where it runs."""
-
-    points: Sequence[Config]
-    scored: Scored
-    data: Splits
-    mesh: Mesh | None
-    recorder: Recorder | None
-
-    def banks(self) -> list[Arrays]:
-        """The scores of each point."""
-        return self.scored([scoring_part(point) for point in self.points])
-
-    def stage(self, name: str) -> Recorder | None:
-        """Where one of several trainings is stored."""
-        return self.recorder and self.recorder.stage(name)
-
-    @property
-    def settings(self) -> list[optim.Train]:
-        """How each point trains."""
-        return [point.train for point in self.points]
-
-    @property
-    def seeds(self) -> list[int]:
-        """The seed of each point."""
-        return [point.seed for point in self.points]
-
-
-STREAMED = {  # what the probes of the training stream are called, and what the scores are
-    "forgetting.events": "forgetting",
-    "aum.margin": "aum",
-    "cartography.confidence": "confidence",
-    "cartography.variability": "variability",
+STREAMED = {  # (probe, metric) of the training stream -> the score
+    ("forgetting", "events"): "forgetting",
+    ("aum", "margin"): "aum",
+    ("cartography", "confidence"): "confidence",
+    ("cartography", "variability"): "variability",
+    ("vog", "score"): "vog",
 }
 
 
+@dataclass(frozen=True, eq=False)
+class Bank:
+    """Every score of every example of one point."""
+
+    arrays: dict[str, Array]  # f32[epoch, replica, example], [replica, example] or [example]
+    runs: pl.DataFrame  # replica, and the step at which it diverged, null if it did not
+
+    def __len__(self) -> int:
+        """The number of examples."""
+        return len(self["index"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An array that has no epochs: labels, say."""
+        return self.arrays[name].values
+
+    def at(self, score: str, epoch: float) -> np.ndarray:
+        """f32[R, N]: a score at an epoch."""
+        return self.arrays[score].at(epoch=epoch).values
+
+    def has(self, score: str, epoch: float) -> bool:
+        """Whether a score was taken at an epoch."""
+        return score in self.arrays and epoch in self.arrays[score].coords["epoch"]
+
+    def mean(self, score: str, epoch: float | None = None) -> np.ndarray:
+        """f64[N]: a score averaged over the runs that did not diverge; zeros if all did.
+
+        An example that no run was shown in time counts as the hardest: infinite at the hard end.
+        """
+        found = self[score] if epoch is None else self.at(score, epoch)
+        if found.ndim == 1:
+            return found.astype(np.float64)
+        whole = found[self.runs["diverged"].is_null().to_numpy()]
+        if not len(whole):
+            return np.zeros(found.shape[1])
+        average, _ = statistics.over_replicas(whole)
+        hardest = np.inf if scores.HARD[score] == "high" else -np.inf
+        return np.where(np.isnan(average), hardest, average)
+
+
+def banks(job: Job[Config, Any]) -> list[Bank]:
+    """The scores of each point of a job: from the disk, or computed and stored."""
+    return banks_of(job, job.points)
+
+
+def banks_of(job: Job[Any, Any], points: Sequence[Config]) -> list[Bank]:
+    """The scores of points, which may differ in shapes."""
+    parts = [scoring_part(point) for point in points]
+    folder = None if job.store is None else job.store / SCORES.name
+    found: dict[ScoringConfig, Bank] = {}
+    for group in configs.group(dict.fromkeys(parts)):
+        with nullcontext() if folder is None else worker.alone(folder, group, wait=True):
+            several = SCORES.sweep(group, job.data, job.mesh, store=job.store)
+        for part, findings in zip(group, several, strict=True):
+            found[part] = Bank(findings.arrays, findings.frames["scored"])
+    return [found[part] for part in parts]
+
+
+def score(job: Job[ScoringConfig, Any]) -> Findings:
+    """Train ``score.replicas`` runs of each point and score every example on the way.
+
+    Arrays f32[epoch, replica, example] in dataset order: el2n, grand, loss, entropy and
+    logit_margin in evaluation mode; forgetting, aum, confidence and variability of the training
+    stream up to there; vog and pvi if asked for. Also ``tracin`` f32[replica, example] of the
+    epochs scored, ``input_norm`` f32[example], ``index`` i32 into the file, ``labels`` i32 trained
+    on, ``clean`` i32, and ``mislabelled`` bool. Frames: ``scored``, for each replica the step at
+    which it ``diverged``, if it did; ``loss``, for each (replica, step).
+    """
+    config, data = job.config, job.data
+    members = job.members(lambda point, _: [point.train.optimizer.hyperparameters()],
+                          config.score.replicas)  # fmt: skip
+    noisy = [_noisy(point, data) for point in job.points]
+    labels = np.stack([noisy[p].labels for p in members["point"]])
+    epochs = {training.steps(config.train, data, e): e for e in config.score.epochs}
+    trained = _scored(job, members, labels, epochs)
+    found = {name: _unstacked(array, trained, epochs) for name, array in _named(trained).items()}
+    if "pvi" in config.score.also:
+        null = _null(job, members, labels, epochs)
+        losses = _unstacked(null.arrays["rest", "loss"], null, epochs)
+        both = found["loss"].among("epoch", losses.coords["epoch"].tolist())
+        found["pvi"] = losses._replace(values=np.asarray(scores.pvi(both.values, losses.values)))
+    found["tracin"] = _tracin(job, found["grand"], epochs)
+    for name in ("labels", "clean", "mask"):
+        stored = np.stack([getattr(one, name) for one in noisy])
+        found["mislabelled" if name == "mask" else name] = Array(stored, ("point", "example"))
+    frames = {
+        "scored": trained.members.select("point", "replica", "diverged"),
+        "loss": trained.rows.select("point", "replica", "step", "loss"),
+    }
+    norms = {"input_norm": Array(_input_norm(data), ("example",))}
+    return Findings(frames, found | norms | indices(data.train))
+
+
+SCORES: Experiment[ScoringConfig] = Experiment("data_diet/scores", lambda *_: None, score)
+
+
 def at_rest(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
-    """The scores of a state in evaluation mode: a gradient pass and a forward pass."""
+    """The scores f32[b] of a state in evaluation mode: a gradient pass and a forward pass."""
     return {
         "el2n": scores.el2n(task, state, batch),
         "grand": scores.grand(task, state, batch),
@@ -72,156 +138,165 @@ def at_rest(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]
     }
 
 
-def stored(data: Splits, mesh: Mesh | None, folder: Path | None, about: dict[str, Any]) -> Scored:
-    """A function that gives the scores of each point: from the disk, or computed and stored."""
-
-    def scored(points: Sequence[ScoringConfig]) -> list[Arrays]:
-        found: dict[ScoringConfig, Arrays] = {}
-        for group in configs.group(dict.fromkeys(points)):
-            with nullcontext() if folder is None else worker.alone(folder, group, wait=True):
-                tables = record.completed(
-                    folder, group, lambda todo, recorder: compute(todo, data, mesh, recorder), about
-                )
-            found |= {p: t.arrays for p, t in zip(group, tables, strict=True)}
-        return [found[point] for point in points]
-
-    return scored
-
-
-def compute(
-    points: Sequence[ScoringConfig], data: Splits, mesh: Mesh | None, recorder: Recorder | None
-) -> list[Table]:
-    """Train ``score.replicas`` runs of each point and score every example on the way.
-
-    Arrays ``<score>@<epoch>`` f32[R, N] over the training examples in dataset order: el2n, grand,
-    loss, entropy and logit_margin in evaluation mode; forgetting, aum, confidence and variability
-    of the training stream up to there; vog and pvi if asked for. Also ``tracin`` f32[R, N] of the
-    epochs scored, ``input_norm`` f32[N], ``index`` i32[N] into the file, ``labels`` i32[N] trained
-    on, ``clean`` i32[N], ``mislabelled`` bool[N], and ``diverged`` f64[R].
-    """
-    first, r, n = points[0], points[0].score.replicas, len(data.train)
-    epochs = {training.steps(first.train, data, e): f"{e:g}" for e in first.score.epochs}
-    noisy = [_labels(point, data) for point in points]
-    labels = np.repeat([found.labels for found in noisy], r, axis=0)
-    net = training.net_of(first.model, data)
-    when, trained = tuple(epochs), tuple(step for step in epochs if step)
+def _scored(
+    job: Job[ScoringConfig, Any],
+    members: pl.DataFrame,
+    labels: np.ndarray,
+    epochs: dict[int, float],
+) -> Trained:
+    """The runs that score, each scored at rest and along its training."""
+    n, when, trained = len(job.data.train), tuple(epochs), tuple(step for step in epochs if step)
     probes: list[Any] = [
-        Score(at_rest, net, data.train, when, "rest", labels),
+        Score(at_rest, when, name="rest", on="train", labels=labels),
         Forgetting(n, trained),
         AreaUnderMargin(n, trained),
         Cartography(n, trained),
     ]
-    if "vog" in first.score.also:
-        probes.append(VarianceOfGradients(net, data.train, trained, labels=labels))
-    settings = [point.train for point in points]
-    roots = training.keys([point.seed for point in points], r, SCORING)
-    run = (settings, roots, net)
-    horizon = training.steps(first.train, data, first.score.horizon) or when[-1]
-    results = training.train(
-        *(*run, data.train, when[-1], mesh, recorder),
+    if "vog" in job.config.score.also:
+        probes.append(VarianceOfGradients(trained, on="train", labels=labels))
+    return fitted(
+        job,
+        job.config,
+        members,
+        SCORING,
+        when[-1],
         name="score",
-        total=horizon,
+        total=_horizon(job.config, job.data, when),
+        store=job.recorder,
         probes=probes,
         labels=labels,
     )
-    found = _named(results.arrays, epochs)
-    if "pvi" in first.score.also:
-        blank = scores.blank(data.train)
-        null = training.train(
-            *(*run, blank, when[-1], mesh, recorder and recorder.stage("null")),
-            name="score null",
-            total=horizon,
-            probes=[Score(_loss, net, blank, trained, "rest", labels)],
-            labels=labels,
-        )
-        for name, value in _named(null.arrays, epochs).items():
-            found[name.replace("loss@", "pvi@")] = np.asarray(scores.pvi(found[name], value))
-    rates = [_rates(point.train, trained, horizon) for point in points]
-    shared = {"input_norm": _input_norm(data), "index": np.asarray(data.train.index)}
-    tables = []
-    for p, mine in enumerate(noisy):
-        here = slice(p * r, (p + 1) * r)
-        arrays = {name: np.asarray(value[here]) for name, value in found.items()}
-        norms = np.stack([arrays[f"grand@{epochs[step]}"] for step in trained])
-        arrays["tracin"] = scores.tracin_self(norms, rates[p]).astype(np.float32)
-        arrays |= {"labels": mine.labels, "clean": mine.clean, "mislabelled": mine.mask, **shared}
-        arrays["diverged"] = results.arrays["diverged"][here]
-        rows, where = results.rows, results.rows["replica"] // r == p
-        columns = {k: v[where] - (p * r if k == "replica" else 0) for k, v in rows.items()}
-        tables.append(Table(columns, arrays))
-    return tables
 
 
-def mean(arrays: Arrays, name: str) -> np.ndarray:
-    """A score [N] averaged over the replicas that did not diverge; zeros if all did.
+def _null(
+    job: Job[ScoringConfig, Any],
+    members: pl.DataFrame,
+    labels: np.ndarray,
+    epochs: dict[int, float],
+) -> Trained:
+    """The same runs on blank inputs, for pvi."""
+    trained = tuple(step for step in epochs if step)
+    blank = scores.blank(job.data.train)
+    return fitted(
+        job,
+        job.config,
+        members,
+        SCORING,
+        max(epochs),
+        name="score null",
+        total=_horizon(job.config, job.data, tuple(epochs)),
+        store=job.stage("null"),
+        data=job.data._replace(train=blank),
+        probes=[Score(_loss, trained, name="rest", on="train", labels=labels)],
+        labels=labels,
+    )
 
-    An example that no replica was shown in time counts as the hardest: infinite at the hard end.
+
+def fitted(
+    job: Job[Any, Any],
+    config: Config | ScoringConfig,
+    members: pl.DataFrame,
+    purposes: int | jax.Array,
+    num_steps: int,
+    *,
+    data: Splits | None = None,
+    sets: Mapping[str, Dataset] | None = None,
+    labels: np.ndarray,
+    rows: np.ndarray | None = None,
+    sizes: np.ndarray | None = None,
+    **options: Any,
+) -> Trained:
+    """Members trained as a config says on labels [K, N] of their own, or on subsets of them.
+
+    Keys are made for a purpose, or given. Probes see the training and the test set, or ``sets``.
     """
-    hardest = np.inf if scores.HARD[name.partition("@")[0]] == "high" else -np.inf
-    if arrays[name].ndim == 1:
-        return arrays[name].astype(np.float64)
-    whole = arrays[name][np.isinf(arrays["diverged"])]
-    if not len(whole):
-        return np.zeros(arrays[name].shape[1])
-    average, _ = statistics.over_replicas(whole)
-    return np.where(np.isnan(average), hardest, average)
+    splits: Splits = job.data if data is None else data
+    roots = training.keys(members, purposes) if isinstance(purposes, int) else purposes
+    subset = {"labels": labels, "rows": rows, "sizes": sizes}
+    return training.train(
+        members,
+        roots,
+        training.net_of(config.model, splits),
+        config.train.optimizer,
+        training.batches(config.train, splits.train, roots, **subset),
+        num_steps,
+        job.mesh,
+        data=sets or {"train": splits.train, "test": splits.test},
+        **options,
+    )
 
 
 def chosen(
     method: Method | str,
-    arrays: Arrays,
+    bank: Bank,
     count: int,
     seed: int,
     replica: int,
     *,
-    at: float,
+    at: float = 0.0,
     balanced: bool = False,
     cutoff: float = 0.1,
 ) -> np.ndarray:
-    """The rows that a method keeps; the random subset is drawn anew for each paired seed."""
-    labels = arrays["labels"] if balanced else None
+    """i32[count]: the rows that a method keeps; a random subset is drawn for each paired seed."""
+    labels = bank["labels"] if balanced else None
     if method == "random":
         draw = np.random.SeedSequence([seed, RANDOM, replica]).generate_state(1)[0]
-        return scores.random(len(arrays["index"]), count, labels=labels, seed=int(draw))
+        return scores.random(len(bank), count, labels=labels, seed=int(draw))
     if method == "coverage":
-        return scores.coverage_centric(
-            mean(arrays, f"el2n@{at:g}"), count, cutoff=cutoff, seed=seed
-        )
+        return scores.coverage_centric(bank.mean("el2n", at), count, cutoff=cutoff, seed=seed)
     name, _, end = method.rpartition("_")
-    start = name.removesuffix("_init") if name.endswith("_init") else None
-    key = name if name == "input_norm" else f"{start or name}@{0 if start else at:g}"
-    high = scores.HARD[start or name] == "high"
+    kind, at = (name[: -len("_init")], 0.0) if name.endswith("_init") else (name, at)
+    high = scores.HARD[kind] == "high"
     which = "highest" if (end == "hard") == high else "lowest"
-    return scores.keep(mean(arrays, key), count, which, labels=labels, seed=seed)
+    mean = bank.mean(kind) if kind == "input_norm" else bank.mean(kind, at)
+    return scores.keep(mean, count, which, labels=labels, seed=seed)
 
 
 def _loss(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
     return {"loss": scores.loss(task, state, batch)}
 
 
-def _named(arrays: Arrays, epochs: dict[int, str]) -> Arrays:
-    """``rest.el2n@210`` -> ``el2n@5``."""
-    found = {}
-    for name, value in arrays.items():
-        metric, at, step = name.rpartition("@")
-        if at:
-            metric = STREAMED.get(metric, metric.removeprefix("rest.").removesuffix(".score"))
-            found[f"{metric}@{epochs[int(step)]}"] = value
-    return {name: value for name, value in found.items() if not name.startswith("cartography")}
+def _named(trained: Trained) -> dict[str, Array]:
+    """Score -> what was measured of it, dims step, member, example."""
+    kept = {key: STREAMED.get(key, key[1]) for key in trained.arrays}
+    skipped = ("cartography", "correctness")
+    return {name: trained.arrays[key] for key, name in kept.items() if key != skipped}
 
 
-def _rates(train: optim.Train, trained: Sequence[int], num_steps: int) -> list[float]:
-    shape = optim.factor(train.schedule, num_steps)
-    return [train.learning_rate * float(shape(jax.numpy.int32(step))) for step in trained]
+def _unstacked(array: Array, trained: Trained, epochs: dict[int, float]) -> Array:
+    """Dims epoch, point, replica, example in place of step, member, example."""
+    found = training.unstack(array, trained.members, "point", "replica").renamed(step="epoch")
+    places = np.array([epochs[int(step)] for step in found.coords["epoch"]])
+    return found._replace(coords={**found.coords, "epoch": places})
 
 
-def _labels(point: ScoringConfig, data: Splits) -> corrupt.Noisy:
+def _tracin(job: Job[ScoringConfig, Any], grand: Array, epochs: dict[int, float]) -> Array:
+    """TracIn-self of the epochs above 0, dims point, replica, example."""
+    trained = {step: epoch for step, epoch in epochs.items() if step}
+    horizon, parts = _horizon(job.config, job.data, tuple(epochs)), []
+    for p, point in enumerate(job.points):
+        norms = grand.at(point=p).among("epoch", list(trained.values())).values
+        rates = _rates(point.train.optimizer, tuple(trained), horizon)
+        parts.append(scores.tracin_self(norms, rates).astype(np.float32))
+    return Array(np.stack(parts), ("point", "replica", "example"))
+
+
+def _horizon(config: ScoringConfig, data: Splits, when: Sequence[int]) -> int:
+    return training.steps(config.train, data, config.score.horizon) or when[-1]
+
+
+def _rates(rule: optim.Optimizer, trained: Sequence[int], num_steps: int) -> list[float]:
+    shape = optim.factor(rule.schedule, num_steps)
+    return [rule.learning_rate * float(shape(jnp.int32(step))) for step in trained]
+
+
+def _noisy(point: ScoringConfig, data: Splits) -> corrupt.Noisy:
     y = np.asarray(data.train.y)
     return corrupt.symmetric(y, point.noise, data.num_classes, point.seed)
 
 
 def _input_norm(data: Splits) -> np.ndarray:
-    """The norm of each normalised input, a block of examples at a time."""
+    """f32[N]: the norm of each normalised input, a block of examples at a time."""
     train, norms = data.train, []
     for first in range(0, len(train), 1024):
         x = (train.x[first : first + 1024].astype(np.float32) - train.mean[None]) / train.std[None]

@@ -8,45 +8,34 @@ batches. Last epoch, clean test labels, unaugmented inputs in evaluation mode.
 Reference: Liu, Niles-Weed, Razavian and Fernandez-Granda 2020, arXiv 2007.00151.
 """
 
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics import losses, models, record, scores, statistics, task
-from dynamics import mesh as meshes
-from dynamics.data import corrupt, sources
+from dynamics import losses, models, scores, statistics, task, training
+from dynamics.data import corrupt
 from dynamics.data import load as load_data
 from dynamics.data.sources import Splits
 from dynamics.data.stream import doubled
 from dynamics.probes import Evaluate, Memorisation, Score
-from dynamics.record import Recorder, Table
-from dynamics.types import Results, Task
-from experiments import training
+from dynamics.record import Array, Findings
+from dynamics.training import Trained
+from dynamics.types import Task
 from experiments.early_learning.config import Config, Curves, Grid, Losses, Noise, Plus, Rates
+from experiments.experiment import Experiment, Job, check_mesh, indices
 
-__all__ = ["Config", "Curves", "Grid", "Losses", "Plus", "Rates", "load", "run", "sweep"]
+__all__ = ["EXPERIMENT", "Config", "Curves", "Grid", "Losses", "Plus", "Rates", "load", "run",
+           "sweep"]  # fmt: skip
 
 TRAINING, NOISE = range(2)  # purposes of the seed
-
-
-class Cell(NamedTuple):
-    """What differs within a study, beside the seed."""
-
-    method: str
-    rate: float
-    strength: float
-    beta: float
-
-    @property
-    def program(self) -> str:
-        """Cells of one program train together; cross-entropy is ELR with lambda = 0."""
-        return "elr" if self.method == "ce" else self.method
+NAMED = ("point", "method", "rate", "strength", "beta", "replica", "epoch")
 
 
 def load(config: Config, folder: Path | str | None = None) -> Splits:
@@ -54,125 +43,103 @@ def load(config: Config, folder: Path | str | None = None) -> Splits:
     return load_data(config.data, folder)
 
 
-def run(
-    config: Config, data: Splits, mesh: Mesh | None = None, *, store: Path | str | None = None
-) -> Table:
-    """One point of ``sweep``."""
-    return sweep((config,), data, mesh, store=store)[0]
+def study(job: Job[Config, Any]) -> Findings:
+    """Frames ``curves`` and ``detected``, or ``rates``, or ``grid``, named as the study.
 
-
-def sweep(
-    configs: Sequence[Config],
-    data: Splits,
-    mesh: Mesh | None = None,
-    *,
-    store: Path | str | None = None,
-) -> list[Table]:
-    """The study at every point; points differ in Replica fields only.
-
-    Rows of stage ``curves``, ``rates`` or ``grid``, for each (method, rate, strength, beta,
-    replica, epoch) measured: ``wrong``, the part of the labels that is; ``test_accuracy`` (0..1),
-    what ``probes.Memorisation`` says of the training examples (nan where a method has no targets),
-    and ``diverged``, the step. Of ``Curves`` also stage ``detected``: ``precision`` and ``recall``
-    of calling wrong what a mixture of two Gaussians gives a small loss with probability < 1/2, at
-    ``epoch``. Arrays: ``index`` and ``clean`` i32[N]; ``labels`` i32[R, N] of Curves.
-    ValueError: noise or a batch that does not suit the data.
+    For each (method, rate, strength, beta, replica, epoch) measured: ``wrong``, the part of the
+    labels that is; ``test_accuracy`` (0..1), what ``probes.Memorisation`` says of the training
+    examples (null where a method has no targets, or there is nothing to take a part of), and
+    ``diverged``, the step; rates and grid keep a row of who has. Arrays: ``index``, ``clean``
+    i32[N]. Of Curves also ``labels`` i32[R, N], the weights at the end, by program, and
+    ``detected``: ``precision`` and ``recall`` of calling wrong what a mixture of two Gaussians
+    gives a small loss with probability < 1/2, at ``epoch``.
     """
-    _check(configs, data, mesh)
-    about = {"data": sources.digest(data.train) + sources.digest(data.test), "source": data.name}
-    folder = None if store is None else Path(store, "early_learning")
-
-    def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return _tables(points, data, mesh, recorder)
-
-    return record.completed(folder, configs, compute, about)
-
-
-def cells(point: Config) -> list[Cell]:
-    """What the study of a point compares."""
-    study, own = point.study, (point.strength, point.beta)
-    if isinstance(study, Grid):
-        places = itertools.product(study.strengths, study.betas)
-        return [Cell("elr" if s else "ce", point.rate, s, b) for s, b in places if s or not b]
-    rates = study.rates if isinstance(study, Rates) else (point.rate,)
-    return [Cell(m, r, *_held(m, *own)) for m in study.methods for r in rates]
-
-
-def _held(method: str, strength: float, beta: float) -> tuple[float, float]:
-    return (strength, beta) if method in ("elr", "elr_plus") else (0.0, 0.0)
+    config, data, weights = job.config, job.data, {}
+    last = training.steps(config.train, data, config.epochs)
+    match job.config.study:
+        case Curves(every=every, detected_at=early, replicas=r):
+            every = max(1, training.steps(config.train, data, every))
+            when = [training.steps(config.train, data, epoch) for epoch in (*early, config.epochs)]
+            trained = _trained(job, every, tuple(dict.fromkeys(when)), weights)
+            frames = {
+                "curves": _described(trained.measured["test"], trained, job),
+                "detected": _detected(trained, job),
+            }
+            noisy = [[labels(p, data, p.rate, k).labels for k in range(r)] for p in job.points]
+            arrays = {"labels": Array(np.array(noisy), ("point", "replica", "example"))}
+        case Rates() | Grid() as chosen:
+            trained = _trained(job, (last,), (), {})
+            tested = trained.at("test", last).with_columns(step=pl.lit(last, pl.Int64))
+            frames = {type(chosen).__name__.lower(): _described(tested, trained, job)}
+            arrays = {}
+    arrays |= {"clean": Array(np.asarray(data.train.y), ("example",)), **indices(data.train)}
+    return Findings(frames, arrays, weights)
 
 
-def _tables(
-    points: Sequence[Config], data: Splits, mesh: Mesh | None, recorder: Recorder | None
-) -> list[Table]:
-    rows: list[list[dict[str, np.ndarray]]] = [[] for _ in points]
-    mine = [cells(point) for point in points]
-    for program in dict.fromkeys(cell.program for cell in mine[0]):
-        groups = [[cell for cell in some if cell.program == program] for some in mine]
-        found = _trained(program, points, groups, data, mesh, recorder)
-        for p, columns in enumerate(found):
-            rows[p] += columns
+def cells(point: Config, study: Curves | Rates | Grid) -> list[Mapping[str, Any]]:
+    """What a study compares. Cells of one program train together: CE is ELR with lambda = 0."""
+    match study:
+        case Grid(strengths=strengths, betas=betas):
+            places = itertools.product(strengths, betas)
+            found = [("elr" if s else "ce", point.rate, s, b) for s, b in places if s or not b]
+        case Curves() | Rates():
+            rates = study.rates if isinstance(study, Rates) else (point.rate,)
+            places = itertools.product(study.methods, rates)
+            found = [(method, rate, point.strength, point.beta) for method, rate in places]
     return [
-        Table(training.stacked(parts), _arrays(point, data))
-        for point, parts in zip(points, rows, strict=True)
+        {
+            "method": method,
+            "program": "elr" if method == "ce" else method,
+            "rate": rate,
+            "elr_lambda": strength if method.startswith("elr") else 0.0,
+            "elr_beta": beta if method.startswith("elr") else 0.0,
+            **point.train.optimizer.hyperparameters(),
+        }
+        for method, rate, strength, beta in found
     ]
 
 
 def _trained(
-    program: str,
-    points: Sequence[Config],
-    groups: Sequence[Sequence[Cell]],
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[list[dict[str, np.ndarray]]]:
-    """Every replica of every cell of one program, as one population; the rows of each point."""
-    first, r, c = points[0], points[0].study.replicas, len(groups[0])
-    num_steps = training.steps(first.train, data, first.epochs)
-    noisy = [[[labels(p, data, cell.rate, k) for k in range(r)] for cell in g]
-             for p, g in zip(points, groups, strict=True)]  # fmt: skip
-    given = np.stack([one.labels for a in noisy for b in a for one in b])
-    net = method(program, first, data)
-    clean = np.asarray(data.train.y)
-    when = _when(first, data, num_steps)
-    probes: list[Any] = [
-        Evaluate(net, data.test, when),
-        Memorisation(net, data.train, given, clean, when),
-    ]
-    if isinstance(first.study, Curves):
-        probes.append(Score(scores.loss, net, data.train, _detected(first, data), "loss", given))
-    roots = training.keys([p.seed for p in points], r, TRAINING).reshape(len(points), 1, r)
-    flat = [cell for g in groups for cell in g]
-    results = training.train(
-        *([p.train for p in points], jax.numpy.repeat(roots, c, axis=1).reshape(-1)),
-        *(net, data.train, num_steps, mesh, recorder and recorder.stage(program)),
-        name=program,
-        scalars={
-            "elr_lambda": np.repeat([cell.strength for cell in flat], r),
-            "elr_beta": np.repeat([cell.beta for cell in flat], r),
-        },
-        probes=probes,
-        labels=given,
-        feed=doubled if program == "elr_plus" else lambda stream: stream,
-    )
-    wrong = given != clean
-    per = len(data.train) // first.train.batch_size
-    out = []
-    for p, group in enumerate(groups):
-        here = np.arange(p * c * r, (p + 1) * c * r)
-        columns = _columns(results, here, group, r, wrong.mean(axis=1), per)
-        found = [
-            columns | {"stage": np.full(len(columns["epoch"]), type(first.study).__name__.lower())}
-        ]
-        if isinstance(first.study, Curves):
-            found.append(_small_loss(results, here, group, r, wrong, per))
-        out.append(found)
-    return out
+    job: Job[Config, Any],
+    every: int | tuple[int, ...],
+    when: tuple[int, ...],
+    weights: dict[str, Any],
+) -> Trained:
+    """All members, program by program; measured ``every`` so often, losses kept ``when`` told."""
+    config, data = job.config, job.data
+    clean, train = np.asarray(data.train.y), config.train
+
+    def one(group: pl.DataFrame) -> Trained:
+        program, given = group["program"][0], given_to(group, job)
+        roots = training.keys(group, TRAINING)
+        stream = training.batches(train, data.train, roots, labels=given)
+        probes: list[Any] = [Evaluate(every, on="test")]
+        probes += [Memorisation(every, given, clean, on="train")]
+        if when:
+            probes += [Score(scores.loss, when, name="loss", on="train", labels=given)]
+        trained = training.train(
+            group.with_columns(wrong=pl.Series((given != clean).mean(axis=1))),
+            roots,
+            method(program, config, data),
+            train.optimizer,
+            doubled(stream) if program == "elr_plus" else stream,
+            training.steps(train, data, config.epochs),
+            job.mesh,
+            scalars={"elr_lambda": 0.0, "elr_beta": 0.0},
+            store=job.stage(program),
+            name=program,
+            probes=probes,
+            data={"train": data.train, "test": data.test},
+        )
+        weights[program] = (trained.members, trained.state)
+        return trained
+
+    return training.by_program(job.members(cells, job.study.replicas), "program", one)
 
 
 def method(program: str, config: Config, data: Splits) -> Task:
     """The task of a method: what is minimised."""
-    constants, n, plus = config.losses, len(data.train), config.plus
+    constants, counts = config.losses, (len(data.train), data.num_classes)
     chosen: dict[str, Callable[..., Any]] = {
         "elr": losses.cross_entropy,
         "elr_plus": losses.cross_entropy,
@@ -184,18 +151,18 @@ def method(program: str, config: Config, data: Splits) -> Task:
     }
     module = models.make(config.model, data.num_classes)
     net = task.of_dataset(module, data.train, loss=chosen[program])
-    if program == "elr":
-        return task.elr(net, n, data.num_classes)
-    if program == "elr_plus":
-        return task.elr_plus(
-            *(net, n, data.num_classes),
-            mixup=plus.mixup,
-            decay=plus.decay,
-            ramp=plus.ramp,
-            ramp_lambda=plus.ramp_lambda,
-            reweight=plus.reweight,
-        )
+    match program:
+        case "elr":
+            return task.elr(net, *counts)
+        case "elr_plus":
+            return task.elr_plus(net, *counts, **dataclasses.asdict(config.plus))
     return net
+
+
+def given_to(group: pl.DataFrame, job: Job[Config, Any]) -> np.ndarray:
+    """i32[K, N]: the labels that each member is trained on."""
+    rows = group.select("point", "rate", "replica").rows()
+    return np.stack([labels(job.points[p], job.data, rate, r).labels for p, rate, r in rows])
 
 
 def labels(config: Config, data: Splits, rate: float, replica: int) -> corrupt.Noisy:
@@ -220,88 +187,55 @@ def noise(kind: Noise, y: np.ndarray, rate: float, num_classes: int, seed: int) 
     return model(y, rate, num_classes, seed)
 
 
-def _columns(
-    results: Results, here: np.ndarray, group: Sequence[Cell], r: int, wrong: np.ndarray, per: int
-) -> dict[str, np.ndarray]:
-    """What was measured of one point's replicas."""
-    rows = results.rows
-    chosen = np.isin(rows["replica"], here) & ~np.isnan(rows["test.accuracy"])
-    member = rows["replica"][chosen].astype(int)
-    columns = _named(group, (member - here[0]) // r, member % r)
-    columns |= {
-        "epoch": rows["step"][chosen] / per,
-        "wrong": wrong[member],
-        "test_accuracy": rows["test.accuracy"][chosen],
-        "diverged": results.arrays["diverged"][member],
-    }
-    memory = [name for name in rows if name.startswith("memory.")]
-    return columns | {name.removeprefix("memory."): rows[name][chosen] for name in memory}
+def _described(tested: pl.DataFrame, trained: Trained, job: Job[Config, Any]) -> pl.DataFrame:
+    """The table of a study: rows of the test set, and those of the training set beside them."""
+    on = ["member", "step"]
+    memory = trained.measured.get("memory", tested.select(on).clear())  # all have diverged
+    own = [name for name in memory.columns if name not in [*trained.members.columns, "step"]]
+    found = tested.join(memory.select(*on, *own), on=on, how="left", maintain_order="left")
+    measured = pl.DataFrame(schema={"accuracy": pl.Float64})
+    found = pl.concat([found, measured], how="diagonal").rename({"accuracy": "test_accuracy"})
+    return _named(found, job, "wrong", "test_accuracy", "diverged", *own)
 
 
-def _small_loss(
-    results: Results, here: np.ndarray, group: Sequence[Cell], r: int, wrong: np.ndarray, per: int
-) -> dict[str, np.ndarray]:
-    """Wrong labels that a mixture finds by their loss, at the epochs asked for."""
-    found = []
-    for name, values in results.arrays.items():
-        metric, _, step = name.partition("@")
-        if metric != "loss.score":
-            continue
-        for member in here:
-            clean = _clean_probability(values[member])
-            precision, recall = statistics.precision_recall(clean < 0.5, wrong[member])
-            found.append((member - here[0], int(step) / per, precision, recall))
-    place, epoch, precision, recall = (np.array(v) for v in zip(*found, strict=True))
-    columns = _named(group, place // r, place % r)
-    columns |= {"epoch": epoch, "precision": precision, "recall": recall}
-    return columns | {"stage": np.full(len(epoch), "detected")}
+def _detected(trained: Trained, job: Job[Config, Curves]) -> pl.DataFrame:
+    """Wrong labels that a mixture finds by their loss, of members that had not diverged."""
+    rows, losses = [], trained.arrays["loss", "score"]
+    wrong = given_to(trained.members, job) != np.asarray(job.data.train.y)
+    for step in losses.coords["step"].tolist():
+        for mask, member in zip(wrong, trained.members.rows(named=True), strict=True):
+            if member["diverged"] is not None and member["diverged"] < step:
+                continue
+            values = losses.at(step=step, member=member["member"]).values
+            usable = np.isfinite(values).all() and values.min() < values.max()
+            clean = scores.small_loss(values) if usable else np.ones(len(values))
+            precision, recall = statistics.precision_recall(clean < 0.5, mask)
+            rows.append({**member, "step": step, "precision": precision, "recall": recall})
+    return _named(pl.DataFrame(rows, infer_schema_length=None), job, "precision", "recall")
 
 
-def _clean_probability(values: np.ndarray) -> np.ndarray:
-    """Certain of everything where the losses say nothing."""
-    usable = np.isfinite(values).all() and values.min() < values.max()
-    return scores.small_loss(values) if usable else np.ones(len(values))
+def _named(found: pl.DataFrame, job: Job[Config, Any], *columns: str) -> pl.DataFrame:
+    """The columns that name a row, and ``columns``; null where there is nothing to measure."""
+    per = len(job.data.train) // job.config.train.batch_size
+    names = {"elr_lambda": "strength", "elr_beta": "beta"}
+    found = found.rename(names).with_columns(epoch=pl.col("step") / per)
+    return found.select(*NAMED, *columns).with_columns(pl.col(pl.Float64).fill_nan(None))
 
 
-def _named(group: Sequence[Cell], cell: np.ndarray, replica: np.ndarray) -> dict[str, np.ndarray]:
-    columns = {name: np.array([getattr(c, name) for c in group])[cell] for name in Cell._fields}
-    return columns | {"replica": replica}
-
-
-def _arrays(point: Config, data: Splits) -> dict[str, np.ndarray]:
-    arrays = {"index": np.asarray(data.train.index), "clean": np.asarray(data.train.y)}
-    if isinstance(point.study, Curves):
-        noisy = [labels(point, data, point.rate, k).labels for k in range(point.study.replicas)]
-        arrays["labels"] = np.stack(noisy)
-    return arrays
-
-
-def _when(config: Config, data: Splits, num_steps: int) -> int | tuple[int, ...]:
-    """The steps at which is measured: all along of Curves, else the last."""
-    if not isinstance(config.study, Curves):
-        return (num_steps,)
-    return max(1, training.steps(config.train, data, config.study.every))
-
-
-def _detected(config: Config, data: Splits) -> tuple[int, ...]:
-    assert isinstance(config.study, Curves)
-    epochs = (*config.study.detected_at, config.epochs)
-    return tuple(dict.fromkeys(training.steps(config.train, data, epoch) for epoch in epochs))
-
-
-def _check(points: Sequence[Config], data: Splits, mesh: Mesh | None) -> None:
+def check(job: Job[Config, Any]) -> None:
     """ValueError before anything is computed."""
-    first = points[0]
-    size, n = first.train.batch_size, len(data.train)
-    programs = [cell.program for cell in cells(first)]
-    if mesh is not None:
-        for program in set(programs):
-            members = len(points) * programs.count(program) * first.study.replicas
-            meshes.check(mesh, members, size)
+    config, data, points = job.config, job.data, job.points
+    size, n = config.train.batch_size, len(data.train)
+    for count in Counter(cell["program"] for cell in cells(config, config.study)).values():
+        check_mesh(job.mesh, len(points) * count * config.study.replicas, size)
     if size > n:
         raise ValueError(f"train.batch_size must be <= the {n} training examples, got {size}")
-    if not training.steps(first.train, data, first.epochs):
-        raise ValueError(f"epochs must be at least a step of {n // size} an epoch: {first.epochs}")
+    if not training.steps(config.train, data, config.epochs):
+        raise ValueError(f"epochs must be at least a step of {n // size} an epoch: {config.epochs}")
     for point in points:
-        for cell in cells(point):
-            labels(point, data, cell.rate, 0)
+        for cell in cells(point, point.study):
+            labels(point, data, cell["rate"], 0)
+
+
+EXPERIMENT = Experiment("early_learning", load, study, check)
+run, sweep = EXPERIMENT.run, EXPERIMENT.sweep

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from dynamics import models, optim
 from dynamics.config import Count, Fraction, NonNegative, Positive, Range, Replica, Seed, frozen
 from dynamics.data import DataConfig
+from dynamics.training import Train
 
 Method = Literal["ce", "smoothing", "gce", "sce", "elr", "elr_plus"]
 Noise = Literal[
@@ -107,7 +108,7 @@ class Config:
 
     data: DataConfig = DataConfig(test_fraction=1 / 3)
     model: models.Model = models.MLP(width=256, depth=2)
-    train: optim.Train = optim.Train(nesterov=False, weight_decay=1e-3)
+    train: Train = Train(optimizer=optim.SGD(nesterov=False, weight_decay=1e-3))
     epochs: Positive = 40.0
     """Training, in epochs; what is reported is the last one, never the best"""
     noise: Noise = "symmetric"

@@ -10,54 +10,43 @@ Reference: Liu et al. 2020, arXiv 2007.00151, section 3 and appendix A; Borup an
 arXiv 2102.13088.
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from jax.sharding import Mesh
-
-from dynamics import record
-from dynamics.record import Recorder, Table
+from dynamics.record import Findings
 from experiments.early_learning_theory import basin, distillation, phases
 from experiments.early_learning_theory.config import Basin, Config, Distillation, Phases, Study
+from experiments.experiment import Experiment, Job, check_mesh
 
-__all__ = ["Basin", "Config", "Distillation", "Phases", "Study", "load", "run", "sweep"]
+__all__ = ["EXPERIMENT", "Basin", "Config", "Distillation", "Phases", "Study", "load", "run",
+           "sweep"]  # fmt: skip
 
 
 def load(config: Config, folder: Path | str | None = None) -> None:
     """Nothing: the data are drawn from the seed."""
 
 
-def run(
-    config: Config, data: None = None, mesh: Mesh | None = None, *, store: Path | str | None = None
-) -> Table:
-    """One point of ``sweep``."""
-    return sweep((config,), data, mesh, store=store)[0]
+def study(job: Job[Config, Any]) -> Findings:
+    """The findings of the study that the points of a job ask for."""
+    match job.config.study:
+        case Phases():
+            return phases.measure(job.of(Phases))
+        case Basin():
+            return basin.measure(job.of(Basin))
+        case Distillation():
+            return distillation.measure(job.of(Distillation))
 
 
-def sweep(
-    configs: Sequence[Config],
-    data: None = None,
-    mesh: Mesh | None = None,
-    *,
-    store: Path | str | None = None,
-) -> list[Table]:
-    """The study at every point, all in one population; points differ in Replica fields only.
-
-    Rows and arrays are the study's: ``phases.study``, ``basin.study`` and ``distillation.study``
-    say which. With a ``store`` each is kept under the fingerprint of its config. ValueError: a mesh
-    that the population does not divide over.
-    """
-    study = STUDIES[type(configs[0].study)]
-
-    def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return study(points, mesh, recorder)
-
-    folder = None if store is None else Path(store, "early_learning_theory")
-    return record.completed(folder, configs, compute, {"source": "synthetic"})
+def check(job: Job[Config, Any]) -> None:
+    """ValueError unless the mesh takes every population of the points."""
+    match job.config.study:
+        case Phases() as chosen:
+            for group in phases.populations(job.of(Phases)):
+                check_mesh(job.mesh, len(group), chosen.examples)
+        case Basin():
+            for group in basin.populations(job.of(Basin)):
+                check_mesh(job.mesh, len(group), 1)
 
 
-STUDIES: dict[type, Callable[[Sequence[Config], Mesh | None, Recorder | None], list[Table]]] = {
-    Phases: phases.study,
-    Basin: basin.study,
-    Distillation: distillation.study,
-}
+EXPERIMENT = Experiment("early_learning_theory", load, study, check)
+run, sweep = EXPERIMENT.run, EXPERIMENT.sweep

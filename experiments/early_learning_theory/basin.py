@@ -7,21 +7,24 @@ gradient of Liu et al. 2020, arXiv 2007.00151, lemma 2.
 """
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics import fit, optim, task
+from dynamics import fit, task, training
 from dynamics import mesh as meshes
 from dynamics.data.stream import whole
-from dynamics.record import Recorder, Table
-from dynamics.types import Dataset, Each, Key, PyTree, Task, TrainState
+from dynamics.record import Array, Findings
+from dynamics.types import Dataset, PyTree, Task, TrainState
 from experiments.early_learning_theory.config import Basin, Config
+from experiments.experiment import Job
+from experiments.stability_theory import population
+from experiments.stability_theory.population import PLAIN, Look
 
 MEASURED = 60  # steps at which the probability is kept, about
 TRUE, LABEL = 0, 1  # classes
@@ -48,114 +51,80 @@ def threshold(elr_lambda: float) -> float:
 
 def logits(classes: int) -> Task:
     """A task whose parameters are the logits of every example."""
-
-    def init(key: Key) -> PyTree:
-        return jnp.zeros(classes)
-
-    def predict(params: PyTree, x: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(params, (len(x), classes))
-
-    return task.of_function(predict, init=init)
+    return task.of_function(_repeated, init=population.zeros(logits=(classes,)))
 
 
-@dataclass(frozen=True, eq=False)
-class Believed:
-    """``<name>.true``: the probability of the true class."""
-
-    every: Collection[int]
-    name: str = "believed"
-
-    def start(self, state: TrainState, each: Each) -> PyTree:
-        """Nothing is remembered."""
-        return ()
-
-    def measure(
-        self, carry: PyTree, state: TrainState, each: Each
-    ) -> tuple[PyTree, dict[str, jax.Array]]:
-        """Of every replica, f32[K]."""
-        return carry, {"true": each(_true)(state)}
+def _repeated(params: PyTree, x: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(params["logits"], (len(x), *params["logits"].shape))
 
 
-def _true(state: TrainState) -> jax.Array:
-    return jax.nn.softmax(state.params)[TRUE]
+def look(member: tuple[TrainState, PyTree]) -> dict[str, jax.Array]:
+    """``believed`` f32[C]: the probability of every class."""
+    return {"believed": jax.nn.softmax(member[0].params["logits"])}
 
 
-def study(points: Sequence[Config], mesh: Mesh | None, recorder: Recorder | None) -> list[Table]:
-    """Rows: for each (case, elr_lambda) the probability of the true class from which it wins,
-    ``measured`` between two starts, 1 if none is held, and the formula's ``predicted``.
+def measure(job: Job[Config, Basin]) -> Findings:
+    """Frame ``basin``: for each (case, elr_lambda) the probability of the true class from which it
+    wins, ``measured`` between two starts, 1 if none is held, and the formula's ``predicted``.
 
-    Arrays: ``lambdas`` f64[L], ``starts`` f64[Q], ``steps`` i64[T], and by case
-    ``true_<case>`` f32[L, Q, T], the probability of the true class. Nothing is random; the seed
-    changes nothing.
+    Array: ``true``, the probability of the true class, f32[case, step, elr_lambda, start]. Nothing
+    is random; the seed changes nothing.
     """
-    found = [_choices(point) for point in points]
+    study = job.study
     cases = (
         Case("two classes", 2, False),
-        Case("many classes", found[0].classes, False),
-        Case("spread", found[0].classes, True),
+        Case("many classes", study.classes, False),
+        Case("spread", study.classes, True),
     )
-    if mesh is not None:
-        meshes.check(mesh, len(points) * len(found[0].lambdas) * found[0].starts, 1)
-    steps = _steps(found[0].steps)
-    true = {case: _followed(found, case, steps, mesh, recorder) for case in cases}
-    return [_table(one, {c: t[p] for c, t in true.items()}, steps) for p, one in enumerate(found)]
+    found = [_followed(job, case) for case in cases]
+    coords = {"case": np.array([case.name for case in cases]), **found[0].coords}
+    true = Array(np.stack([one.values for one in found]), ("case", *found[0].dims), coords)
+    rows, ends = [], true.at(step=study.steps)
+    for p, case, held in itertools.product(range(len(job.points)), cases, study.lambdas):
+        end = ends.at(point=p, case=case.name, elr_lambda=held).values
+        row = {"point": p, "case": case.name, "classes": case.classes, "spread": case.spread}
+        row |= {"elr_lambda": held, "measured": _between(_starts(study), end > 0.5)}
+        rows.append({**row, "predicted": threshold(held)})
+    return Findings({"basin": pl.DataFrame(rows)}, {"true": true})
 
 
-def _choices(point: Config) -> Basin:
-    assert isinstance(point.study, Basin)
-    return point.study
+def populations(job: Job[Config, Basin]) -> list[pl.DataFrame]:
+    """Every start of every lambda."""
+    return [job.members(_cells, 1)]
 
 
-def _steps(last: int) -> np.ndarray:
-    return np.unique([0, *np.geomspace(1, last, MEASURED).round().astype(int).tolist()])
+def _cells(point: Config, study: Basin) -> list[Mapping[str, Any]]:
+    numbers = {"elr_beta": study.beta, "learning_rate": study.learning_rate}
+    pairs = itertools.product(study.lambdas, _starts(study).tolist())
+    return [{"elr_lambda": held, "start": start, **numbers} for held, start in pairs]
 
 
-def _starts(choices: Basin) -> np.ndarray:
-    return (np.arange(choices.starts) + 0.5) / choices.starts
+def _starts(study: Basin) -> np.ndarray:
+    return (np.arange(study.starts) + 0.5) / study.starts
 
 
-def _followed(
-    found: Sequence[Basin],
-    case: Case,
-    steps: np.ndarray,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> np.ndarray:
-    """f32[P, L, Q, T]: the probability of the true class of every start of every lambda."""
-    first, last = found[0], int(steps[-1])
-    lambdas, starts = np.array(first.lambdas), _starts(first)
-    k = len(found) * len(lambdas) * len(starts)
-    each = len(lambdas) * len(starts)
-    mesh = mesh or meshes.for_population(k)
-    optimizer = optim.make(optim.Train(momentum=0.0, nesterov=False, batch_size=1), last)
-    net = task.elr(logits(case.classes), 1, case.classes)
-    scalars = {
-        "elr_lambda": np.tile(np.repeat(lambdas, len(starts)), len(found)),
-        "elr_beta": np.repeat([one.beta for one in found], each),
-        "learning_rate": np.repeat([one.learning_rate for one in found], each),
-        "momentum": 0.0,
-        "weight_decay": 0.0,
-    }
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(k))
-    state = fit.init(net, optimizer, keys, scalars, mesh)
-    p = _probabilities(case, np.tile(starts, len(found) * len(lambdas)))
+def _followed(job: Job[Config, Basin], case: Case) -> Array:
+    """f32[step, point, elr_lambda, start]: the probability of the true class."""
+    (members,), last = populations(job), job.study.steps
+    net, stream = task.elr(logits(case.classes), 1, case.classes), whole(_example(), len(members))
+    start = _begun(job, members, net, _probabilities(case, members["start"].to_numpy()))
+    probes = [Look(look, (), population.logarithmic(last, MEASURED), dims=("class",))]
+    options: dict[str, Any] = {"name": case.name, "start": start, "probes": probes}
+    trained = population.descend(job, members, net, stream, last, **options)
+    found = trained.arrays["look", "believed"].at(**{"class": TRUE})
+    return training.unstack(found, members, "point", "elr_lambda", "start")
+
+
+def _begun(job: Job[Config, Basin], members: pl.DataFrame, net: Task, p: np.ndarray) -> TrainState:
+    """At these probabilities, with targets that agree with them."""
+    numbers = {**PLAIN.hyperparameters(), "elr_lambda": 0.0, "elr_beta": 0.0}
+    own = {name: training.column(members, name, value) for name, value in numbers.items()}
+    mesh = job.mesh or meshes.for_population(len(members))
+    state = fit.init(net, PLAIN.make(job.study.steps), training.keys(members), own, mesh)
     targets = np.zeros(state.extras["targets"].shape, np.float32)
     targets[:, 0] = p
-    state = dataclasses.replace(
-        state, params=jnp.float32(np.log(p)), extras={"targets": jnp.asarray(targets)}
-    )
-    probes: list[Any] = [Believed(tuple(steps.tolist()))]
-    results = fit.fit(
-        *(net, optimizer, state, whole(_example(), k), last, mesh),
-        probes=probes,
-        store=None if recorder is None else recorder.stage(case.name),
-        how="vmap",  # thousands of replicas of a few numbers each
-        name=f"basin, {case.name}",
-        record_every=last,
-    )
-    true = results.rows["believed.true"]
-    true = true[~np.isnan(true)].reshape(len(steps), len(found), len(lambdas), len(starts))
-    return np.moveaxis(true, 0, -1).astype(np.float32)
+    params, extras = {"logits": jnp.float32(np.log(p))}, {"targets": jnp.asarray(targets)}
+    return dataclasses.replace(state, params=params, extras=extras)
 
 
 def _probabilities(case: Case, true: np.ndarray) -> np.ndarray:
@@ -171,25 +140,7 @@ def _probabilities(case: Case, true: np.ndarray) -> np.ndarray:
 def _example() -> Dataset:
     """One example that says nothing, with the noisy label."""
     zero, one = np.zeros(1, np.float32), np.ones(1, np.float32)
-    y, index = np.array([LABEL], np.int32), np.array([0], np.int32)
-    return Dataset(x=np.zeros((1, 1), np.float32), y=y, index=index, mean=zero, std=one)
-
-
-def _table(choices: Basin, true: dict[Case, np.ndarray], steps: np.ndarray) -> Table:
-    starts, rows = _starts(choices), []
-    for case, found in true.items():
-        for elr_lambda, ends in zip(choices.lambdas, found[..., -1], strict=True):
-            row = (case.name, case.classes, case.spread, elr_lambda)
-            rows.append((*row, _between(starts, ends > 0.5), threshold(elr_lambda)))
-    names = ("case", "classes", "spread", "elr_lambda", "measured", "predicted")
-    columns = {n: np.array(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)}
-    arrays = {
-        "lambdas": np.array(choices.lambdas),
-        "starts": starts,
-        "steps": steps,
-        **{f"true_{case.name.replace(' ', '_')}": found for case, found in true.items()},
-    }
-    return Table({"stage": np.full(len(rows), "basin")} | columns, arrays)
+    return Dataset(np.zeros((1, 1), np.float32), np.array([LABEL], np.int32), zero, one)
 
 
 def _between(starts: np.ndarray, held: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from dynamics import models, optim
 from dynamics.config import Count, Fraction, NonNegative, Positive, Replica, Seed, frozen
 from dynamics.revise import Correction, Detection
+from dynamics.training import Train
 
 Method = Literal["ce", "adele", "early", "late", "consistency", "adele_consistency"]
 
@@ -85,7 +86,7 @@ class Config:
 
     data: Shapes = Shapes()
     model: models.Unet = models.Unet(norm="none")
-    train: optim.Train = optim.Train(rule="adam", learning_rate=3e-3, batch_size=5)
+    train: Train = Train(optimizer=optim.Adam(learning_rate=3e-3), batch_size=5)
     epochs: Count = 60
     """Training"""
     detection: Detection = Detection()

@@ -10,23 +10,21 @@ Reference: Cohen et al. 2021, arXiv 2103.00065, and 2022, arXiv 2207.14484.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
 
-from dynamics import losses, models, record, task
-from dynamics import mesh as meshes
+from dynamics import losses, models, task
 from dynamics.data import load as load_data
-from dynamics.data import sources
 from dynamics.data.sources import Splits
-from dynamics.record import Recorder, Table
+from dynamics.record import Findings
 from dynamics.types import Task
+from experiments.experiment import Experiment, Job, check_mesh
 from experiments.stability import batches, edge, spectra
 from experiments.stability.config import Batches, Config, Edge, Spectra
 
-__all__ = ["Batches", "Config", "Edge", "Spectra", "load", "run", "sweep"]
+__all__ = ["EXPERIMENT", "Batches", "Config", "Edge", "Spectra", "load", "run", "sweep"]
 
 
 def load(config: Config, folder: Path | str | None = None) -> Splits:
@@ -41,47 +39,32 @@ def load(config: Config, folder: Path | str | None = None) -> Splits:
     return data._replace(train=train, test=test)
 
 
-def run(
-    config: Config, data: Splits, mesh: Mesh | None = None, *, store: Path | str | None = None
-) -> Table:
-    """One point of ``sweep``."""
-    return sweep((config,), data, mesh, store=store)[0]
+def study(job: Job[Config, Any]) -> Findings:
+    """The findings of the study that the points of a job ask for."""
+    net = net_of(job.config, job.data)
+    match job.config.study:
+        case Edge():
+            return edge.measure(net, job.of(Edge))
+        case Batches():
+            return batches.measure(net, job.of(Batches))
+        case Spectra():
+            return spectra.measure(net, job.of(Spectra))
 
 
-def sweep(
-    configs: Sequence[Config],
-    data: Splits,
-    mesh: Mesh | None = None,
-    *,
-    store: Path | str | None = None,
-) -> list[Table]:
-    """The study at every point, all in one population; points differ in Replica fields only.
-
-    Rows and arrays are the study's: ``study`` of ``edge``, ``batches`` and ``spectra`` says which.
-    With a ``store`` each is kept under the fingerprint of its config. ValueError: a batch of more
-    than the data, a mesh that the population does not divide over.
-    """
-    first = configs[0]
-    if mesh is not None:
-        meshes.check(mesh, len(configs) * first.study.replicas)
-    net = _net(first, data)
-    about = {"data": sources.digest(data.train), "source": data.name}
-
-    def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return STUDIES[type(first.study)](points, net, data, mesh, recorder)
-
-    folder = None if store is None else Path(store, "stability")
-    return record.completed(folder, configs, compute, about)
-
-
-def _net(config: Config, data: Splits) -> Task:
+def net_of(config: Config, data: Splits) -> Task:
+    """The task of a config."""
     chosen = {"squared_error": losses.squared_error, "cross_entropy": losses.cross_entropy}
     module = models.make(config.model, data.num_classes)
     return task.of_dataset(module, data.train, loss=chosen[config.loss])
 
 
-STUDIES: dict[type, Callable[..., list[Table]]] = {
-    Edge: edge.study,
-    Batches: batches.study,
-    Spectra: spectra.study,
-}
+def check(job: Job[Config, Any]) -> None:
+    """ValueError unless the points of a job suit their data and mesh."""
+    chosen, n = job.config.study, len(job.data.train)
+    if isinstance(chosen, Batches) and max(chosen.sizes) > n:
+        raise ValueError(f"study.sizes must be at most the {n} examples, got {max(chosen.sizes)}")
+    check_mesh(job.mesh, len(job.points) * chosen.replicas)
+
+
+EXPERIMENT = Experiment("stability", load, study, check)
+run, sweep = EXPERIMENT.run, EXPERIMENT.sweep

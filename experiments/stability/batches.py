@@ -1,94 +1,96 @@
 """SGD of several batch sizes: what its noise leaves of the sharpness."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics.data.sources import Splits
-from dynamics.optim import Train
+from dynamics import optim, training
+from dynamics.data.stream import stream
 from dynamics.probes import BatchSharpness, Sharpness
-from dynamics.record import Recorder, Table
+from dynamics.record import Findings
+from dynamics.training import Trained
 from dynamics.types import Task
-from experiments import training
-from experiments.stability.config import Batches, Config, Spectra
-
-MEASURES = {
-    "sharpness.ratio": "ratio",
-    "batch.value": "batch_sharpness",
-    "batch.interaction": "interaction",
-    "batch.noise": "noise",
-}
+from experiments.experiment import Job, indices
+from experiments.stability.config import Batches, Config
 
 
-def study(
-    points: Sequence[Config], net: Task, data: Splits, mesh: Mesh | None, recorder: Recorder | None
-) -> list[Table]:
-    """Rows of stage ``batches`` for each (size, replica, step) measured, all times eta / 2:
-    ``ratio``, the sharpness of all examples, ``batch_sharpness``, ``interaction`` and ``noise``
-    (``probes.BatchSharpness``), and ``averaged``, whether among the last of them. Array: ``index``.
-    ValueError: a size above the number of examples.
+def measure(net: Task, job: Job[Config, Batches]) -> Findings:
+    """Frame ``batches``, for each (size, replica, step) measured, all times eta / 2.
+
+    ``ratio``, the sharpness of all examples; ``batch_sharpness``, ``interaction`` and ``noise``
+    (``probes.BatchSharpness``); and ``averaged``, whether among the last of them. Array: ``index``.
     """
-    first, rows = points[0], [[] for _ in points]
-    study = first.study
-    assert isinstance(study, Batches)
-    if max(study.sizes) > len(data.train):
-        raise ValueError(
-            f"study.sizes must be at most the {len(data.train)} examples, got {max(study.sizes)}"
+
+    def cells(point: Config, study: Batches) -> list[Mapping[str, Any]]:
+        return [
+            {"size": size, **plain(study.learning_rate, point).hyperparameters()}
+            for size in study.sizes
+        ]
+
+    def one(group: pl.DataFrame) -> Trained:
+        return _trained(group, net, job)
+
+    study = job.study
+    trained = training.by_program(job.members(cells, study.replicas), "size", one)
+    half = pl.col("learning_rate") / 2
+    frame = (
+        trained.measured["sharpness"]
+        .join(
+            trained.measured["batch"].select("member", "step", "value", "interaction", "noise"),
+            on=["member", "step"],
+            suffix="_batch",
+            maintain_order="left",
         )
-    r = study.replicas
-    roots = training.keys([point.seed for point in points], r, 0)
-    for size in study.sizes:
-        settings = [plain(point, size) for point in points]
-        results = training.train(
-            *(settings, roots, net, data.train, study.steps, mesh),
-            recorder and recorder.stage(str(size)),
-            name=f"batch {size}",
-            probes=[
-                Sharpness(
-                    *(net, data.train, study.every, settings[0], study.steps),
-                    cold=first.cold,
-                    warm=first.warm,
-                ),
-                BatchSharpness(net, data.train, size, study.every),
-            ],
+        .select(
+            "point",
+            "size",
+            "replica",
+            "step",
+            "ratio",
+            averaged=pl.col("step") > study.steps - study.averaged * study.every,
+            batch_sharpness=pl.col("value_batch") * half,
+            interaction=pl.col("interaction") * half,
+            noise=pl.col("noise") * half,
         )
-        table = results.rows
-        there = ~np.isnan(table["sharpness.residual"])
-        for p, point in enumerate(points):
-            here = there & (table["replica"] // r == p)
-            rows[p].append(_columns(table, here, point, size, r))
-    index = np.asarray(data.train.index)
-    return [Table(training.stacked(parts), {"index": index}) for parts in rows]
+    )
+    return Findings({"batches": frame}, indices(job.data.train))
 
 
-def plain(point: Config, size: int) -> Train:
-    """SGD of batches of a size, at the rate of the study of a point."""
-    assert isinstance(point.study, Batches | Spectra)
-    return Train(
+def plain(learning_rate: float, point: Config) -> optim.SGD:
+    """SGD without momentum at a rate, with the weight decay of a point."""
+    return optim.SGD(
+        learning_rate=learning_rate,
         momentum=0.0,
         nesterov=False,
-        learning_rate=point.study.learning_rate,
         weight_decay=point.weight_decay,
-        batch_size=size,
     )
 
 
-def _columns(
-    table: dict[str, np.ndarray], here: np.ndarray, point: Config, size: int, r: int
-) -> dict[str, np.ndarray]:
-    study = point.study
-    assert isinstance(study, Batches)
-    step = table["step"][here]
-    count = len(step)
-    columns = {
-        "stage": np.full(count, "batches"),
-        "size": np.full(count, size),
-        "replica": table["replica"][here] % r,
-        "step": step.astype(float),
-        "averaged": (step > study.steps - study.averaged * study.every).astype(float),
-    }
-    for name, short in MEASURES.items():
-        factor = 1.0 if short == "ratio" else study.learning_rate / 2
-        columns[short] = table[name][here] * factor
-    return columns
+def _trained(group: pl.DataFrame, net: Task, job: Job[Config, Batches]) -> Trained:
+    study = job.study
+    size, made = int(group["size"][0]), plain(study.learning_rate, job.config)
+    roots = training.keys(group, 0)
+    return training.train(
+        group,
+        roots,
+        net,
+        made,
+        stream(job.data.train, size, roots),
+        study.steps,
+        job.mesh,
+        store=job.stage(str(size)),
+        name=f"batch {size}",
+        probes=[
+            Sharpness(
+                study.every,
+                on="train",
+                rule=made,
+                num_steps=study.steps,
+                cold=job.config.cold,
+                warm=job.config.warm,
+            ),
+            BatchSharpness(study.every, on="train", batch_size=size),
+        ],
+        data={"train": job.data.train},
+    )

@@ -1,65 +1,75 @@
 """Full-batch training beside the threshold of each optimizer."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics.data.sources import Splits
+from dynamics import optim, training
 from dynamics.data.stream import whole
-from dynamics.optim import Train
 from dynamics.probes import Sharpness
-from dynamics.record import Recorder, Table
+from dynamics.record import Findings
+from dynamics.training import Trained
 from dynamics.types import Task
-from experiments import training
+from experiments.experiment import Job, indices
 from experiments.stability.config import Config, Edge
 
-PLAIN = Train(momentum=0.0, nesterov=False)
-ADAM = Train(rule="adam", nesterov=False, learning_rate=1e-3, second_moment=0.99, epsilon=1e-7)
-RULES = {
-    "gd": dataclasses.replace(PLAIN, learning_rate=0.3),
-    "control": dataclasses.replace(PLAIN, learning_rate=0.3),
-    "heavy_ball": dataclasses.replace(PLAIN, learning_rate=0.5, momentum=0.9),
-    "nesterov": Train(learning_rate=0.2, momentum=0.9),
+ADAM = optim.Adam(learning_rate=1e-3, second_moment=0.99, epsilon=1e-7)
+RULES: dict[str, optim.Optimizer] = {
+    "gd": optim.SGD(learning_rate=0.3, momentum=0.0, nesterov=False),
+    "control": optim.SGD(learning_rate=0.3, momentum=0.0, nesterov=False),
+    "heavy_ball": optim.SGD(learning_rate=0.5, momentum=0.9, nesterov=False),
+    "nesterov": optim.SGD(learning_rate=0.2, momentum=0.9),
     "adam": ADAM,
     "rmsprop": dataclasses.replace(ADAM, momentum=0.0),
 }
 REACHED = 0.98  # of the threshold
 
 
-def study(
-    points: Sequence[Config], net: Task, data: Splits, mesh: Mesh | None, recorder: Recorder | None
-) -> list[Table]:
-    """Rows of stage ``edge`` for each (rule, replica, step) measured: ``sharpness`` (preconditioned
-    for adam and rmsprop) and its ``residual``, ``ratio`` to the threshold, the ``smallest``
-    eigenvalue, ``reached`` (from the first ratio of 0.98 on) and ``loss``; rule ``control`` is gd
-    at a lower rate. Stage ``rises`` for each (rule, replica): the part of the steps after which the
-    loss was higher, ``before`` the first ratio of 0.98 and ``after``, and the ``step`` of it (nan:
-    never). Arrays: ``loss_<rule>`` f32[R, steps], ``index``.
+def measure(net: Task, job: Job[Config, Edge]) -> Findings:
+    """Frames ``edge``, ``rises`` and ``loss`` of full-batch training by each rule.
+
+    ``edge``, for each (rule, replica, step) measured: ``sharpness`` (preconditioned for adam and
+    rmsprop) and its ``residual``, ``ratio`` to the threshold, the ``smallest`` eigenvalue,
+    ``reached`` (from the first ratio of 0.98 on) and ``loss``; rule ``control`` is gd at a lower
+    rate. ``rises``, for each (rule, replica): the part of the steps after which the loss was
+    higher, ``before`` the first ratio of 0.98 and ``after``, and the ``step`` of it (null: never).
+    ``loss``, for each (rule, replica, step). Array: ``index``. Weights: those at the end, by
+    program.
     """
-    rows: list[list[dict[str, np.ndarray]]] = [[] for _ in points]
-    arrays: list[dict[str, np.ndarray]] = [{"index": np.asarray(data.train.index)} for _ in points]
-    first = points[0]
-    assert isinstance(first.study, Edge)
-    rules = [*first.study.rules, *(["control"] if "gd" in first.study.rules else [])]
-    for program, group in itertools.groupby(sorted(rules, key=_program), key=_program):
-        together = sorted(group, key=rules.index)
-        for rule, found in _trained(program, together, points, net, data, mesh, recorder).items():
-            for p, (columns, loss) in enumerate(found):
-                rows[p] += columns
-                arrays[p][f"loss_{rule}"] = loss
-    return [
-        Table(training.stacked(parts), found) for parts, found in zip(rows, arrays, strict=True)
-    ]
+    study = job.study
+    rules = [*study.rules, *(["control"] if "gd" in study.rules else [])]
+
+    def cells(point: Config, study: Edge) -> list[Mapping[str, Any]]:
+        return [
+            {
+                "rule": rule,
+                "program": _program(rule),
+                **setting(rule, study, point).hyperparameters(),
+            }
+            for rule in rules
+        ]
+
+    weights = {}
+
+    def one(group: pl.DataFrame) -> Trained:
+        trained = _trained(group, net, job)
+        weights[group["program"][0]] = (trained.members, trained.state)
+        return trained
+
+    trained = training.by_program(job.members(cells, study.replicas), "program", one)
+    frames = {
+        "edge": _edge(trained, study),
+        "rises": _rises(trained),
+        "loss": trained.rows.select("point", "rule", "replica", "step", "loss"),
+    }
+    return Findings(frames, indices(job.data.train), weights)
 
 
-def setting(rule: str, point: Config) -> Train:
+def setting(rule: str, study: Edge, point: Config) -> optim.Optimizer:
     """How a rule trains at a point."""
-    study = point.study
-    assert isinstance(study, Edge)
     made = RULES[rule]
     factor = study.scale * (study.control if rule == "control" else 1.0)
     rate = made.learning_rate * factor
@@ -67,81 +77,69 @@ def setting(rule: str, point: Config) -> Train:
 
 
 def _program(rule: str) -> str:
-    """Rules that differ in numbers alone train in one population."""
-    return RULES[rule].rule + "_nesterov" * RULES[rule].nesterov
+    """The name of the program of a rule: rules that differ in numbers alone train together."""
+    made = RULES[rule]
+    nesterov = isinstance(made, optim.SGD) and made.nesterov
+    return type(made).__name__.lower() + "_nesterov" * nesterov
 
 
-def _trained(
-    program: str,
-    rules: Sequence[str],
-    points: Sequence[Config],
-    net: Task,
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> dict[str, list[tuple[list[dict[str, np.ndarray]], np.ndarray]]]:
-    """Of every rule and point: its rows, and the loss of every step [R, steps]."""
-    first, study = points[0], points[0].study
-    assert isinstance(study, Edge)
-    r, n = study.replicas, len(data.train)
-    cells = [(rule, p) for rule in rules for p in range(len(points))]
-    settings = [dataclasses.replace(setting(rule, points[p]), batch_size=n) for rule, p in cells]
+def _trained(group: pl.DataFrame, net: Task, job: Job[Config, Edge]) -> Trained:
+    study = job.study
+    made = setting(group["rule"][0], study, job.config)
     probe = Sharpness(
-        *(net, data.train, study.every, settings[0], study.steps),
-        preconditioned=settings[0].rule == "adam",
-        cold=first.cold,
-        warm=first.warm,
+        study.every,
+        on="train",
+        rule=made,
+        num_steps=study.steps,
+        cold=job.config.cold,
+        warm=job.config.warm,
     )
-    roots = training.keys([points[p].seed for _, p in cells], r, 0)
-    results = training.train(
-        *(settings, roots, net, data.train, study.steps, mesh),
-        recorder and recorder.stage(program),
-        name=" ".join(rules),
+    return training.train(
+        group,
+        training.keys(group, 0),
+        net,
+        made,
+        whole(job.data.train, len(group)),
+        study.steps,
+        job.mesh,
+        store=job.stage(group["program"][0]),
+        name=" ".join(group["rule"].unique(maintain_order=True)),
         probes=[probe],
-        feed=lambda _: whole(data.train, len(roots)),
+        data={"train": job.data.train},
         record_every=1,
     )
-    order = np.lexsort((results.rows["step"], results.rows["replica"]))
-    table = {name: values[order] for name, values in results.rows.items()}
-    out: dict[str, list[Any]] = {rule: [] for rule in rules}
-    for cell, (rule, _) in enumerate(cells):
-        mine = [_one(rule, table, cell * r + k, k) for k in range(r)]
-        loss = np.stack([found[2] for found in mine])
-        out[rule].append(([part for found in mine for part in found[:2]], loss))
-    return out
 
 
-def _one(
-    rule: str, table: dict[str, np.ndarray], member: int, replica: int
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], np.ndarray]:
-    """What was measured of one run, what its loss did, and the loss of every step."""
-    here = table["replica"] == member
-    trained = here & ~np.isnan(table["loss"])
-    measured = here & ~np.isnan(table["sharpness.residual"])
-    loss = table["loss"][trained].astype(np.float32)
-    step, ratio = table["step"][measured], table["sharpness.ratio"][measured]
-    at = np.flatnonzero(ratio >= REACHED)
-    reached = int(step[at[0]]) if len(at) else len(loss)
-    higher = np.diff(loss) > 0
-    count = len(step)
-    columns = {
-        "stage": np.full(count, "edge"),
-        "rule": np.full(count, rule),
-        "replica": np.full(count, replica),
-        "step": step.astype(float),
-        "ratio": ratio,
-        "sharpness": table["sharpness.value"][measured],
-        "residual": table["sharpness.residual"][measured],
-        "smallest": table["sharpness.smallest"][measured],
-        "reached": (step >= reached).astype(float),
-        "loss": loss[np.minimum(step, len(loss) - 1).astype(int)],
-    }
-    rises = {
-        "stage": np.array(["rises"]),
-        "rule": np.array([rule]),
-        "replica": np.array([replica]),
-        "step": np.array([float(reached) if len(at) else np.nan]),
-        "before": np.array([higher[:reached].mean() if reached else np.nan]),
-        "after": np.array([higher[reached:].mean() if reached < len(higher) else np.nan]),
-    }
-    return columns, rises, loss
+def _edge(trained: Trained, study: Edge) -> pl.DataFrame:
+    """What was measured of each run, where it reached its threshold, and its loss there."""
+    found = trained.measured["sharpness"]
+    first = found.filter(pl.col("ratio") >= REACHED).group_by("member").agg(first=pl.min("step"))
+    last = pl.col("step").clip(upper_bound=study.steps - 1)
+    loss = trained.rows.select("member", pl.col("step").alias("at"), "loss")
+    return (
+        found.join(first, on="member", how="left", maintain_order="left")
+        .with_columns(reached=pl.col("step") >= pl.col("first").fill_null(study.steps), at=last)
+        .join(loss, on=["member", "at"], how="left", maintain_order="left")
+        .rename({"value": "sharpness"})
+        .select("point", "rule", "replica", "step", "ratio", "sharpness", "residual", "smallest",
+                "reached", "loss")
+    )  # fmt: skip
+
+
+def _rises(trained: Trained) -> pl.DataFrame:
+    """What the loss of each run did before its threshold was reached, and after."""
+    sharp, rows = trained.measured["sharpness"], []
+    for own in trained.rows.partition_by("member", maintain_order=True):
+        member = own.row(0, named=True)
+        above = sharp.filter(pl.col("member") == member["member"], pl.col("ratio") >= REACHED)
+        higher = np.diff(own["loss"].to_numpy().astype(np.float32)) > 0
+        reached = above["step"].min() if len(above) else None
+        end = len(own) if reached is None else int(reached)  # pyright: ignore[reportArgumentType]
+        row = {name: member[name] for name in ("point", "rule", "replica")}
+        row |= {"step": reached, "before": None, "after": None}
+        if end:
+            row["before"] = float(higher[:end].mean())
+        if end < len(higher):
+            row["after"] = float(higher[end:].mean())
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)

@@ -1,78 +1,65 @@
 """The whole spectrum of the Hessian along full-batch gradient descent."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
-
-from dynamics.data.sources import Splits
+from dynamics import training
 from dynamics.data.stream import whole
 from dynamics.probes import Sharpness, Spectrum
-from dynamics.record import Recorder, Table
+from dynamics.record import Findings
 from dynamics.types import Task
-from experiments import training
-from experiments.stability import batches
+from experiments.experiment import Job, indices
+from experiments.stability.batches import plain
 from experiments.stability.config import Config, Spectra
 
-MEASURES = {
-    "spectrum.trace": "trace",
-    "spectrum.trace_error": "trace_error",
-    "spectrum.frobenius": "frobenius",
-    "spectrum.frobenius_error": "frobenius_error",
-    "sharpness.value": "sharpness",
-    "sharpness.residual": "residual",
-    "sharpness.smallest": "smallest",
-    "sharpness.ratio": "ratio",
-}
 
+def measure(net: Task, job: Job[Config, Spectra]) -> Findings:
+    """Frame ``spectra``, for each (replica, step) measured, and the densities of the eigenvalues.
 
-def study(
-    points: Sequence[Config], net: Task, data: Splits, mesh: Mesh | None, recorder: Recorder | None
-) -> list[Table]:
-    """Rows of stage ``spectra`` for each (replica, step) measured: ``trace`` and ``frobenius``
-    (tr H^2) with their standard errors ``_error``, the ``sharpness``, its ``residual``, the
-    ``smallest`` eigenvalue and the ``ratio`` to 2 / eta by Lanczos from one vector. Arrays:
-    ``steps`` i32[T]; ``nodes`` and ``weights`` f32[T, R, num, k], the density of the eigenvalues;
-    ``index``.
+    ``trace`` and ``frobenius`` (tr H^2) with their standard errors ``_error``, the ``sharpness``,
+    its ``residual``, the ``smallest`` eigenvalue and the ``ratio`` to 2 / eta by Lanczos from one
+    vector. Arrays: ``nodes`` and ``weights`` f32[step, replica, vector, node]; ``index``.
     """
-    first, study = points[0], points[0].study
-    assert isinstance(study, Spectra)
-    r, n = study.replicas, len(data.train)
-    settings = [batches.plain(point, n) for point in points]
-    measured = tuple(
-        sorted({step for step in study.measured if step < study.steps} | {study.steps})
-    )
-    roots = training.keys([point.seed for point in points], r, 0)
-    results = training.train(
-        *(settings, roots, net, data.train, study.steps, mesh),
-        recorder and recorder.stage("spectra"),
+
+    def cells(point: Config, study: Spectra) -> list[Mapping[str, Any]]:
+        return [plain(study.learning_rate, point).hyperparameters()]
+
+    study = job.study
+    members, made = job.members(cells, study.replicas), plain(study.learning_rate, job.config)
+    when = tuple(sorted({step for step in study.measured if step < study.steps} | {study.steps}))
+    cold = job.config.cold
+    trained = training.train(
+        members,
+        training.keys(members, 0),
+        net,
+        made,
+        whole(job.data.train, len(members)),
+        study.steps,
+        job.mesh,
+        store=job.stage("spectra"),
         name="spectra",
         probes=[
-            Spectrum(net, data.train, measured, k=study.k, num=study.num),
-            Sharpness(
-                *(net, data.train, measured, settings[0], study.steps),
-                cold=first.cold,
-                warm=first.cold,  # so long between measurements nothing is warm
-            ),
+            Spectrum(when, on="train", k=study.k, num=study.num),
+            # so long between measurements nothing is warm
+            Sharpness(when, on="train", rule=made, num_steps=study.steps, cold=cold, warm=cold),
         ],
-        feed=lambda _: whole(data.train, len(roots)),
+        data={"train": job.data.train},
     )
-    there = ~np.isnan(results.rows["spectrum.trace"])
-    table = {name: values[there] for name, values in results.rows.items()}
-    points_of = {
-        name: np.stack([results.arrays[f"spectrum.{name}@{step}"] for step in measured])
+    sharp = trained.measured["sharpness"].rename({"value": "sharpness"})
+    frame = (
+        trained.measured["spectrum"]
+        .join(
+            sharp.select("member", "step", "sharpness", "residual", "smallest", "ratio"),
+            on=["member", "step"],
+            maintain_order="left",
+        )
+        .select("point", "replica", "step", "trace", "trace_error", "frobenius",
+                "frobenius_error", "sharpness", "residual", "smallest", "ratio")
+    )  # fmt: skip
+    arrays = {
+        name: training.unstack(
+            trained.arrays["spectrum", name], trained.members, "point", "replica"
+        )
         for name in ("nodes", "weights")
     }
-    out = []
-    for p in range(len(points)):
-        here = table["replica"] // r == p
-        rows = {
-            "stage": np.full(here.sum(), "spectra"),
-            "replica": table["replica"][here] % r,
-            "step": table["step"][here].astype(float),
-            **{short: table[name][here] for name, short in MEASURES.items()},
-        }
-        arrays = {name: values[:, p * r : (p + 1) * r] for name, values in points_of.items()}
-        arrays |= {"steps": np.array(measured, np.int32), "index": np.asarray(data.train.index)}
-        out.append(Table(rows, arrays))
-    return out
+    return Findings({"spectra": frame}, arrays | indices(job.data.train))

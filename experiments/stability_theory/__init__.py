@@ -10,13 +10,11 @@ Reference: Wu and Su 2023, arXiv 2305.17490; Tyurin 2024, arXiv 2412.08424; Xion
 2023, arXiv 2310.01769; Ma and Fattahi 2022, arXiv 2202.08788.
 """
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from jax.sharding import Mesh
-
-from dynamics import record
-from dynamics.record import Recorder, Table
+from dynamics.record import Findings
+from experiments.experiment import Experiment, Job, check_mesh
 from experiments.stability_theory import diagonal, perceptron, robust, sensing
 from experiments.stability_theory.config import (
     Config,
@@ -28,6 +26,7 @@ from experiments.stability_theory.config import (
 )
 
 __all__ = [
+    "EXPERIMENT",
     "Config",
     "Diagonal",
     "Perceptron",
@@ -44,38 +43,35 @@ def load(config: Config, folder: Path | str | None = None) -> None:
     """Nothing: the data are drawn from the seed, and digits are read where they are needed."""
 
 
-def run(
-    config: Config, data: None = None, mesh: Mesh | None = None, *, store: Path | str | None = None
-) -> Table:
-    """One point of ``sweep``."""
-    return sweep((config,), data, mesh, store=store)[0]
+def study(job: Job[Config, Any]) -> Findings:
+    """The findings of the study that the points of a job ask for."""
+    match job.config.study:
+        case Diagonal():
+            return diagonal.measure(job.of(Diagonal))
+        case Perceptron():
+            return perceptron.measure(job.of(Perceptron))
+        case Sensing():
+            return sensing.measure(job.of(Sensing))
+        case Robust():
+            return robust.measure(job.of(Robust))
 
 
-def sweep(
-    configs: Sequence[Config],
-    data: None = None,
-    mesh: Mesh | None = None,
-    *,
-    store: Path | str | None = None,
-) -> list[Table]:
-    """The study at every point, all in one population; points differ in Replica fields only.
-
-    Rows and arrays are the study's: the ``study`` of its module says which. With a ``store`` each
-    is kept under the fingerprint of its config. ValueError: a mesh that the population does not
-    divide over.
-    """
-    study = STUDIES[type(configs[0].study)]
-
-    def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return study(points, mesh, recorder)
-
-    folder = None if store is None else Path(store, "stability_theory")
-    return record.completed(folder, configs, compute, {"source": "synthetic"})
+def check(job: Job[Config, Any]) -> None:
+    """ValueError unless the mesh takes every population of the points."""
+    match job.config.study:
+        case Diagonal():
+            for group in diagonal.populations(job.of(Diagonal)):
+                check_mesh(job.mesh, len(group), group["batch"][0])
+        case Perceptron():
+            for group in perceptron.populations(job.of(Perceptron)):
+                check_mesh(job.mesh, len(group))
+        case Sensing():
+            for group in sensing.populations(job.of(Sensing)):
+                check_mesh(job.mesh, len(group), 1)
+        case Robust() as chosen:
+            for group in robust.populations(job.of(Robust)):
+                check_mesh(job.mesh, len(group), chosen.measurements)
 
 
-STUDIES: dict[type, Callable[[Sequence[Config], Mesh | None, Recorder | None], list[Table]]] = {
-    Diagonal: diagonal.study,
-    Perceptron: perceptron.study,
-    Sensing: sensing.study,
-    Robust: robust.study,
-}
+EXPERIMENT = Experiment("stability_theory", load, study, check)
+run, sweep = EXPERIMENT.run, EXPERIMENT.sweep

@@ -8,27 +8,33 @@ A_i U: gradients of 1/2 and 1/4 of the losses' means.
 Reference: Ma and Fattahi 2022, arXiv 2202.08788; the details of the algorithm are our reading.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics import fit, optim
 from dynamics import mesh as meshes
+from dynamics import optim
 from dynamics import task as tasks
 from dynamics.data import synthetic
 from dynamics.data.synthetic import Sensing as Drawn
-from dynamics.record import Recorder, Table
-from dynamics.types import Key, PyTree, Task
+from dynamics.record import Findings
+from dynamics.types import PyTree, Task
+from experiments.experiment import Job
 from experiments.stability_theory import population
 from experiments.stability_theory.config import Config, Robust
 
 METHODS = ("absolute", "square")
+LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "absolute": lambda found, y: jnp.abs(found - y) / 2,
+    "square": lambda found, y: (found - y) ** 2 / 4,
+}
 
 
 def flattened(matrices: np.ndarray) -> np.ndarray:
@@ -39,29 +45,38 @@ def flattened(matrices: np.ndarray) -> np.ndarray:
 
 
 def measured(dim: int, columns: int, method: str) -> Task:
-    """The residuals of U U^T: an example is a measurement's matrix, flattened, and its value.
+    """Measurements of U U^T: an example is a measurement's matrix, flattened, and its value.
 
-    The mean over them of |residual| / 2 ("absolute") or residual^2 / 4 ("square").
+    The loss is the mean of |residual| / 2 ("absolute") or residual^2 / 4 ("square").
     """
-    losses: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
-        "absolute": lambda residual, _: jnp.abs(residual) / 2,
-        "square": lambda residual, _: residual**2 / 4,
-    }
-    rows, others = np.triu_indices(dim)
+    init = population.zeros(u=(dim, columns))
+    return tasks.of_function(_measurements, init=init, loss=LOSSES[method])
+
+
+def _measurements(params: PyTree, x: jax.Array) -> jax.Array:
+    u = params["u"]
+    rows, others = np.triu_indices(len(u))
     root = np.where(rows == others, 1.0, math.sqrt(2)).astype(np.float32)
-
-    def init(key: Key) -> PyTree:
-        return jnp.zeros((dim, columns))
-
-    def predict(u: PyTree, x: jax.Array) -> jax.Array:
-        return x[:, :-1] @ ((u @ u.T)[rows, others] * root) - x[:, -1]
-
-    return tasks.of_function(predict, init=init, loss=losses[method])
+    return x @ ((u @ u.T)[rows, others] * root)
 
 
-def falling(h: Mapping[str, Any]) -> optax.GradientTransformation:
-    """Theta - learning_rate decay^t g, both of the replica's own."""
+class Falling:
+    """Theta - learning_rate decay^t g, both of the member's own."""
+
+    def make(self, num_steps: int) -> optax.GradientTransformationExtraArgs:
+        """The rule, the same for every number of steps."""
+        return _FALLING
+
+    def hyperparameters(self) -> dict[str, float]:
+        """A learning rate of 1 that does not fall."""
+        return {"learning_rate": 1.0, "decay": 1.0}
+
+
+def _falling(h: Mapping[str, Any]) -> optax.GradientTransformation:
     return optax.scale_by_learning_rate(lambda count: h["learning_rate"] * h["decay"] ** count)
+
+
+_FALLING = optim.by_hyperparameters(_falling, Falling().hyperparameters())
 
 
 def spectral_start(drawn: Drawn, columns: int) -> np.ndarray:
@@ -73,89 +88,68 @@ def spectral_start(drawn: Drawn, columns: int) -> np.ndarray:
     return vectors * np.sqrt(values / np.linalg.norm(values))
 
 
-def study(points: Sequence[Config], mesh: Mesh | None, recorder: Recorder | None) -> list[Table]:
-    """Rows: ``error`` = |U U^T - M| at the end for each (method, columns, scale, replica).
+def measure(job: Job[Config, Robust]) -> Findings:
+    """Frame ``robust``: ``error`` = |U U^T - M| at the end for each (method, columns, scale,
+    replica), null where it ``diverged``.
 
     ``method`` is "absolute" (sub-gradients) or "square"; ``loss`` is the mean loss of the
-    measurements, ``truth`` that of M itself. Cost: 2 m dim (dim + 1) a step and replica.
+    measurements, ``truth`` that of M itself. Cost: 2 m dim (dim + 1) a step and member.
     """
-    first = _choices(points[0])
-    k = len(points) * len(first.columns) * len(first.scales) * first.replicas
-    if mesh is not None:
-        meshes.check(mesh, k, first.measurements)
-    drawn = {
-        (p, r): _draw(_choices(point), point.seed, r)
-        for p, point in enumerate(points)
-        for r in range(first.replicas)
-    }
-    rows = [row for m in METHODS for row in _trained(points, drawn, m, mesh, recorder)]
-    names = ("point", "method", "columns", "scale", "replica", "error", "loss", "truth")
-    found = population.columns(names, rows)
-    owner = found.pop("point")
-    tables = [{n: v[owner == p] for n, v in found.items()} for p in range(len(points))]
-    return [Table({"stage": np.full(len(t["error"]), "robust")} | t, {}) for t in tables]
+    names = ("point", "method", "columns", "scale", "replica", "error", "loss", "truth", "diverged")
+    parts = [_trained(job, group).select(names) for group in populations(job)]
+    return Findings({"robust": pl.concat(parts)})
 
 
-def _choices(point: Config) -> Robust:
-    assert isinstance(point.study, Robust)
-    return point.study
+def populations(job: Job[Config, Robust]) -> list[pl.DataFrame]:
+    """The members of either method, from every start of every number of columns."""
+    return job.members(_cells, job.study.replicas).partition_by("method", maintain_order=True)
 
 
-def _draw(choices: Robust, seed: int, replica: int) -> Drawn:
-    own = population.own_seed(seed, replica)
-    sizes = {"n": choices.measurements, "dim": choices.dim, "rank": choices.rank}
-    return synthetic.sensing(own, **sizes, smallest=choices.smallest, outliers=choices.outliers)
-
-
-def _trained(
-    points: Sequence[Config],
-    drawn: Mapping[tuple[int, int], Drawn],
-    method: str,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[tuple]:
-    first = _choices(points[0])
-    cells = [
-        (p, c, scale, r)
-        for p in range(len(points))
-        for c in first.columns
-        for scale in first.scales
-        for r in range(first.replicas)
-    ]
-    widest, own = max(first.columns), [_choices(points[p]) for p, *_ in cells]
-    starts = [
-        scale * np.pad(spectral_start(drawn[p, r], c), ((0, 0), (0, widest - c)))
-        for p, c, scale, r in cells
-    ]
-    data = {key: np.column_stack([flattened(d.matrices), d.values]) for key, d in drawn.items()}
-    absolute = method == "absolute"
-    scalars = {
-        "learning_rate": [o.learning_rate if absolute else o.square_rate for o in own],
-        "decay": [o.decay if absolute else 1.0 for o in own],
-    }
-    optimizer = optim.by_hyperparameters(falling, {name: 1.0 for name in scalars})
-    net, keys = measured(first.dim, widest, method), jax.random.split(jax.random.key(0), len(cells))
-    mesh = mesh or meshes.for_population(len(cells))
-    state = fit.init(net, optimizer, keys, scalars, mesh)
-    stream = population.stream(np.stack([data[p, r] for p, _, _, r in cells]))
-    results = fit.fit(
-        *(net, optimizer, population.started(state, np.stack(starts)), stream, first.steps, mesh),
-        store=None if recorder is None else recorder.stage(method),
-        name=f"robust, {method}",
-        record_every=first.steps,
-    )
-    assert results.state is not None
+def _cells(point: Config, study: Robust) -> list[Mapping[str, Any]]:
+    rates = {"absolute": (study.learning_rate, study.decay), "square": (study.square_rate, 1.0)}
     return [
-        (p, method, c, scale, r, *_outcome(np.asarray(u, np.float64), drawn[p, r], absolute))
-        for (p, c, scale, r), u in zip(cells, meshes.fetch(results.state.params), strict=True)
+        {"method": method, "columns": columns, "scale": scale, "learning_rate": rate}
+        | {"decay": decay}
+        for method, (rate, decay) in rates.items()
+        for columns, scale in itertools.product(study.columns, study.scales)
     ]
 
 
-def _outcome(u: np.ndarray, drawn: Drawn, absolute: bool) -> tuple[float, float, float]:
-    """|U U^T - M|, and the mean losses of both."""
+def _trained(job: Job[Config, Robust], group: pl.DataFrame) -> pl.DataFrame:
+    """The members of a method, with what they end at."""
+    study, method = job.study, group["method"][0]
+    draws, widest = population.drawn(job, group, _draw), max(study.columns)
+    starts = []
+    for draw, columns, scale in zip(draws, group["columns"], group["scale"], strict=True):
+        wide = np.pad(spectral_start(draw, columns), ((0, 0), (0, widest - columns)))
+        starts.append(scale * wide)
+    flat = {id(draw): flattened(draw.matrices) for draw in draws}
+    x, y = np.stack([flat[id(draw)] for draw in draws]), np.stack([draw.values for draw in draws])
+    net, stream = measured(study.dim, widest, method), population.own_examples(x, y)
+    options: dict[str, Any] = {"rule": Falling(), "how": None, "params": {"u": np.stack(starts)}}
+    trained = population.descend(job, group, net, stream, study.steps, name=method, **options)
+    assert trained.state is not None
+    ends = meshes.fetch(trained.state.params["u"]).astype(np.float64)
+    found = [outcome(u, draw, method) for u, draw in zip(ends, draws, strict=True)]
+    alone = pl.col("diverged").is_null()
+    return trained.members.with_columns(
+        pl.when(alone).then(pl.Series(name, [one[name] for one in found])).alias(name)
+        for name in found[0]
+    )
+
+
+def _draw(study: Robust, seed: int) -> Drawn:
+    sizes = {"n": study.measurements, "dim": study.dim, "rank": study.rank}
+    return synthetic.sensing(seed, **sizes, smallest=study.smallest, outliers=study.outliers)
+
+
+def outcome(u: np.ndarray, drawn: Drawn, method: str) -> dict[str, float]:
+    """``error``, |U U^T - M|, and the mean losses of both, ``loss`` and ``truth``."""
     truth = drawn.factor.astype(np.float64) @ drawn.factor.T.astype(np.float64)
     losses = []
     for found in (u @ u.T, truth):
         residual = np.tensordot(drawn.matrices, found, 2) - drawn.values
-        losses.append(float(np.mean(abs(residual) / 2 if absolute else residual**2 / 4)))
-    return float(np.linalg.norm(u @ u.T - truth)), losses[0], losses[1]
+        each = abs(residual) / 2 if method == "absolute" else residual**2 / 4
+        losses.append(float(np.mean(each)))
+    error = float(np.linalg.norm(u @ u.T - truth))
+    return {"error": error, "loss": losses[0], "truth": losses[1]}

@@ -11,61 +11,40 @@ Reference: Wortsman et al. 2023, arXiv 2309.14322.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+import polars as pl
 
-from dynamics import mesh as meshes
-from dynamics import models, optim, record, task
-from dynamics.data import sources
+from dynamics import models, optim, task, training
+from dynamics.data.rows import subset
 from dynamics.data.sources import Splits
+from dynamics.data.stream import stream
 from dynamics.data.text import load_text
 from dynamics.models.transformer import TransformerModule
 from dynamics.probes import Attention, Evaluate, Outputs, Updates
-from dynamics.record import Recorder, Table
-from dynamics.types import Dataset, Results, Task
-from experiments import training
+from dynamics.record import Findings
+from dynamics.training import Trained
+from dynamics.types import Dataset, Task
+from experiments.experiment import Experiment, Job, check_mesh, indices
 from experiments.transformer_stability.config import Changes, Config, Rates, Text, Widths
 
-__all__ = ["Changes", "Config", "Rates", "Text", "Widths", "load", "run", "sweep"]
+__all__ = ["EXPERIMENT", "Changes", "Config", "Rates", "Text", "Widths", "load", "run", "sweep"]
 
 TRAINING = 0  # purpose of the seed
+APART = ("qk_norm", "mu_param", "long_warmup")  # interventions that are programs of their own
 FIRST_MLP = "block_0/mlp/up/kernel"
-MEASURED = {  # a probe's metric -> column
-    "test.loss": "test_loss",
-    "test.accuracy": "test_accuracy",
-    "outputs.log_z": "log_z",
-    "outputs.rms": "output_rms",
-    f"sizes.grad_{FIRST_MLP}": "grad_rms",
-    f"sizes.update_{FIRST_MLP}": "update_rms",
+MEASURED = {  # probe -> column -> metric; the columns of attention are called as its metrics
+    "test": {"test_loss": "loss", "test_accuracy": "accuracy"},
+    "outputs": {"log_z": "log_z", "output_rms": "rms"},
+    "sizes": {"grad_rms": f"grad_{FIRST_MLP}", "update_rms": f"update_{FIRST_MLP}"},
 }
-
-
-class Cell(NamedTuple):
-    """What differs within a study, beside the seed."""
-
-    width: int
-    intervention: str
-    rate: float
-
-
-class Program(NamedTuple):
-    """What is compiled apart; cells of one program train together."""
-
-    width: int
-    qk_norm: bool
-    mu_param: bool
-    long_warmup: bool
-
-    def __str__(self) -> str:
-        parts = [name for name in self._fields[1:] if getattr(self, name)]
-        return "-".join([f"d{self.width}", *parts])
 
 
 def load(config: Config, folder: Path | str | None = None) -> Splits:
@@ -76,193 +55,140 @@ def load(config: Config, folder: Path | str | None = None) -> Splits:
     return load_text(path, context=text.context, test_fraction=fraction, folder=folder)[0]
 
 
-def run(
-    config: Config, data: Splits, mesh: Mesh | None = None, *, store: Path | str | None = None
-) -> Table:
-    """One point of ``sweep``."""
-    return sweep((config,), data, mesh, store=store)[0]
+def study(job: Job[Config, Rates | Widths]) -> Findings:
+    """Frame ``rates`` or ``widths``, for each (width, intervention, rate, replica, step) measured,
+    for as long as a run had not ``diverged`` (the step; null: never).
 
-
-def sweep(
-    configs: Sequence[Config],
-    data: Splits,
-    mesh: Mesh | None = None,
-    *,
-    store: Path | str | None = None,
-) -> list[Table]:
-    """The study at every point; points differ in Replica fields only.
-
-    Rows of stage ``rates`` or ``widths``, for each (width, intervention, rate, replica, step)
-    measured: ``test_loss`` (nats a byte, nan after a run diverged) and ``test_accuracy``;
-    ``max_logit``, and ``max_logit_<i>`` and ``entropy_<i>`` of each block (``probes.Attention``);
-    ``log_z``, ``output_rms`` (``probes.Outputs``); ``grad_rms`` and ``update_rms`` of the first MLP
-    layer (``probes.Updates``); ``parameters``, those of the net without embeddings and head; and
-    ``diverged``, the step. Of ``Widths`` all but attention only before and after. Array: ``index``
-    i32[N]. ValueError: a batch or a mesh that does not suit the data or the population.
+    ``test_loss`` (nats a byte) and ``test_accuracy``; ``max_logit``, and ``max_logit_<i>`` and
+    ``entropy_<i>`` of each block (``probes.Attention``); ``log_z``, ``output_rms``
+    (``probes.Outputs``); ``grad_rms`` and ``update_rms`` of the first MLP layer
+    (``probes.Updates``); and ``parameters``, those of the net without embeddings and head. Of
+    ``Widths`` all but attention only before and after, null between. Array: ``index`` i32[N].
     """
-    _check(configs, data, mesh)
-    about = {"data": sources.digest(data.train) + sources.digest(data.test), "source": data.name}
-    folder = None if store is None else Path(store, "transformer_stability")
-
-    def compute(points: Sequence[Config], recorder: Recorder | None) -> list[Table]:
-        return _tables(points, data, mesh, recorder)
-
-    return record.completed(folder, configs, compute, about)
-
-
-def cells(point: Config) -> list[Cell]:
-    """What the study of a point compares."""
-    study = point.study
-    return [Cell(*c) for c in itertools.product(study.widths, study.interventions, study.rates)]
+    trained = training.by_program(members(job), "program", functools.partial(_trained, job))
+    frame, at = trained.measured["attention"], ["member", "step"]
+    attention = [name for name in frame.columns if name.startswith(("max_logit", "entropy"))]
+    for probe, columns in MEASURED.items():
+        part = trained.measured[probe].select(*at, **{c: pl.col(m) for c, m in columns.items()})
+        frame = frame.join(part, on=at, how="left", maintain_order="left")
+        attention += columns
+    names = ("point", "width", "intervention", "rate", "replica", "step", "diverged", "parameters")
+    frame = frame.with_columns(pl.col("update_rms").fill_nan(None))  # there is none at step 0
+    name = type(job.study).__name__.lower()
+    return Findings({name: frame.select(*names, *attention)}, indices(job.data.train))
 
 
-def program_of(cell: Cell) -> Program:
-    """What the cell's width and intervention make of the program."""
-    changed = (cell.intervention == name for name in Program._fields[1:])
-    return Program(cell.width, *changed)
+def members(job: Job[Config, Rates | Widths]) -> pl.DataFrame:
+    """The members of a study, and by which ``program`` each is trained."""
+
+    def cells(point: Config, study: Rates | Widths) -> list[Mapping[str, Any]]:
+        return [
+            {"width": width, "intervention": name, "rate": rate}
+            | {"program": f"d{width}-{name}" if name in APART else f"d{width}"}
+            | point.optimizer.hyperparameters()
+            | scalars_of(name, rate, point)
+            for width, name, rate in itertools.product(
+                study.widths, study.interventions, study.rates
+            )
+        ]
+
+    return job.members(cells, job.study.replicas)
 
 
-def scalars_of(cell: Cell, point: Config) -> dict[str, float]:
-    """The hyperparameters of a cell: what its rate and intervention make of the recipe's.
+def scalars_of(intervention: str, rate: float, point: Config) -> dict[str, float]:
+    """The hyperparameters that a rate and an intervention make of the recipe's.
 
     Under the independent rule a decay of rate * lambda is the usual decay lambda.
     """
-    decays = {"no_decay": 0.0, "scaled_decay": cell.rate * point.changes.scaled_decay}
+    decays = {"no_decay": 0.0, "scaled_decay": rate * point.changes.scaled_decay}
     return {
-        "learning_rate": cell.rate,
-        "weight_decay": decays.get(cell.intervention, point.train.weight_decay),
-        "z_loss": point.changes.z_loss if cell.intervention == "z_loss" else 0.0,
+        "learning_rate": rate,
+        "weight_decay": decays.get(intervention, point.optimizer.weight_decay),
+        "z_loss": point.changes.z_loss if intervention == "z_loss" else 0.0,
     }
 
 
-def settings_of(program: Program, point: Config) -> optim.Train:
-    """What the program makes of the recipe."""
-    train, changes = point.train, point.changes
-    assert isinstance(train.schedule, optim.Cosine | optim.Linear)
-    schedule = train.schedule
-    if program.long_warmup:
-        schedule = dataclasses.replace(schedule, warmup=changes.warmup)
-    base = changes.base_fan_in if program.mu_param else 0
-    return dataclasses.replace(train, schedule=schedule, base_fan_in=base)
+def rule_of(intervention: str, point: Config) -> optim.Adam:
+    """The optimizer that an intervention makes of the recipe's."""
+    rule, changes = point.optimizer, point.changes
+    if intervention == "mu_param":
+        return dataclasses.replace(rule, base_fan_in=changes.base_fan_in)
+    if intervention == "long_warmup":
+        schedule = dataclasses.replace(rule.schedule, warmup=changes.warmup)
+        return dataclasses.replace(rule, schedule=schedule)
+    return rule
 
 
-def module_of(program: Program, config: Config, data: Splits) -> TransformerModule:
-    """The network of a program."""
+def module_of(width: int, intervention: str, config: Config, data: Splits) -> TransformerModule:
+    """The network of a width and an intervention."""
     net = models.Transformer(
-        width=program.width,
+        width=width,
         depth=config.depth,
-        num_heads=program.width // config.head_width,
+        num_heads=width // config.head_width,
         max_length=config.data.context,
-        qk_norm=program.qk_norm,
+        qk_norm=intervention == "qk_norm",
     )
     return TransformerModule(net, data.num_classes)
 
 
 def parameters(net: Task) -> int:
     """How many, without embeddings and the output layer."""
-    shapes, _ = jax.eval_shape(net.init, jax.random.key(0))
+    shapes, _ = jax.eval_shape(net.init, jax.random.key(0), {})
     outside = ("token_embedding", "position_embedding", "head")
     inside = {name: tree for name, tree in shapes.items() if name not in outside}
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(inside))
 
 
-def _tables(
-    points: Sequence[Config], data: Splits, mesh: Mesh | None, recorder: Recorder | None
-) -> list[Table]:
-    mine = cells(points[0])  # points differ in no field that makes cells
-    parts: list[list[dict[str, np.ndarray]]] = [[] for _ in points]
-    for program in dict.fromkeys(program_of(cell) for cell in mine):
-        group = [cell for cell in mine if program_of(cell) == program]
-        for p, columns in enumerate(_trained(program, points, group, data, mesh, recorder)):
-            parts[p].append(columns)
-    index = {"index": np.asarray(data.train.index)}
-    return [
-        Table({name: np.concatenate([part[name] for part in some]) for name in some[0]}, index)
-        for some in parts
-    ]
-
-
-def _trained(
-    program: Program,
-    points: Sequence[Config],
-    group: Sequence[Cell],
-    data: Splits,
-    mesh: Mesh | None,
-    recorder: Recorder | None,
-) -> list[dict[str, np.ndarray]]:
-    """Every replica of every cell of a program, as one population; the rows of each point."""
-    first, r, c = points[0], points[0].study.replicas, len(group)
-    module = module_of(program, first, data)
+def _trained(job: Job[Config, Rates | Widths], group: pl.DataFrame) -> Trained:
+    """The members of a program."""
+    config, data, (width, name) = job.config, job.data, group.select("width", "intervention").row(0)
+    module = module_of(width, name, config, data)
     net = task.z_loss(task.of_dataset(module, data.train))
-    roots = training.keys([p.seed for p in points], r, TRAINING).reshape(len(points), 1, r)
-    scalars = [scalars_of(cell, point) for point in points for cell in group]
-    last = first.study.last if isinstance(first.study, Widths) else first.steps
-    results = training.train(
-        [settings_of(program, p) for p in points],
-        jax.numpy.repeat(roots, c, axis=1).reshape(-1),
-        *(net, data.train, last, mesh, recorder and recorder.stage(str(program))),
-        name=str(program),
-        total=first.steps,
-        scalars={name: np.repeat([s[name] for s in scalars], r) for name in scalars[0]},
-        probes=_probes(module, net, first, data.test),
+    roots, program = training.keys(group, TRAINING), group["program"][0]
+    sizes = {"test": config.validation, "probed": config.probed}
+    return training.train(
+        group.with_columns(parameters=pl.lit(parameters(net))),
+        roots,
+        net,
+        rule_of(name, config),
+        stream(data.train, config.batch_size, roots),
+        job.study.last if isinstance(job.study, Widths) else config.steps,
+        job.mesh,
+        total=config.steps,
+        scalars={"z_loss": 0.0},
+        store=job.stage(program),
+        name=program,
+        probes=_probes(module, job.study),
+        data={name: evenly(data.test, size) for name, size in sizes.items()},
     )
-    found = []
-    for p, point in enumerate(points):
-        columns = _columns(results, np.arange(p * c * r, (p + 1) * c * r), group, r)
-        n = len(columns["step"])
-        columns["parameters"] = np.full(n, parameters(net))
-        found.append({"stage": np.full(n, type(point.study).__name__.lower()), **columns})
-    return found
 
 
-def _probes(module: TransformerModule, net: Task, config: Config, test: Dataset) -> list[Any]:
-    study = config.study
-    seen, probed = evenly(test, config.validation), evenly(test, config.probed)
+def _probes(module: TransformerModule, study: Rates | Widths) -> list[Any]:
     if isinstance(study, Widths):
         often, rest = (0, *range(study.first, study.last + 1)), (0, study.last)
     else:
         often = rest = study.every
     return [
-        Evaluate(net, seen, rest),
-        Attention(module, probed, often),
-        Outputs(module, probed, rest),
-        Updates(net, probed, (FIRST_MLP,), rest),
+        Evaluate(rest, on="test"),
+        Attention(module, often, on="probed"),
+        Outputs(module, rest, on="probed"),
+        Updates((FIRST_MLP,), rest, on="probed"),
     ]
 
 
 def evenly(data: Dataset, count: int) -> Dataset:
     """``count`` examples, or all if there are fewer, evenly apart."""
-    rows = np.linspace(0, len(data) - 1, min(count, len(data))).astype(np.int32)
-    return dataclasses.replace(data, x=data.x[rows], y=data.y[rows], index=data.index[rows])
+    return subset(data, np.linspace(0, len(data) - 1, min(count, len(data))).astype(np.int32))
 
 
-def _columns(
-    results: Results, here: np.ndarray, group: Sequence[Cell], r: int
-) -> dict[str, np.ndarray]:
-    """What was measured of one point's replicas."""
-    rows = results.rows
-    chosen = np.isin(rows["replica"], here) & np.isnan(rows["loss"])  # a probe's row has no loss
-    member, step = rows["replica"][chosen].astype(int), rows["step"][chosen]
-    cell, diverged = (member - here[0]) // r, results.arrays["diverged"][member]
-    columns = {name: np.array([getattr(one, name) for one in group])[cell] for name in Cell._fields}
-    columns |= {"replica": member % r, "step": step, "diverged": diverged}
-    found = {column: rows[name][chosen] for name, column in MEASURED.items()}
-    attention = [name for name in rows if name.startswith("attention.")]
-    found |= {name.removeprefix("attention."): rows[name][chosen] for name in attention}
-    for name in ("test_loss", "test_accuracy"):  # a frozen replica would show its last state
-        found[name] = np.where(step > diverged, np.nan, found[name])
-    return columns | found
+def check(job: Job[Config, Any]) -> None:
+    """ValueError unless the points of a job suit their data and mesh."""
+    batch, n = job.config.batch_size, len(job.data.train)
+    if batch > n:
+        raise ValueError(f"batch_size must be <= the {n} training windows, got {batch}")
+    for group in members(job).partition_by("program"):
+        check_mesh(job.mesh, len(group), batch)
 
 
-def _check(points: Sequence[Config], data: Splits, mesh: Mesh | None) -> None:
-    """ValueError before anything is computed."""
-    first, n = points[0], len(data.train)
-    if first.train.batch_size > n:
-        raise ValueError(
-            f"train.batch_size must be <= the {n} training windows, got {first.train.batch_size}"
-        )
-    if mesh is not None:
-        programs = [program_of(cell) for cell in cells(first)]
-        for program in set(programs):
-            members = len(points) * programs.count(program) * first.study.replicas
-            meshes.check(mesh, members, first.train.batch_size)
+EXPERIMENT = Experiment("transformer_stability", load, study, check)
+run, sweep = EXPERIMENT.run, EXPERIMENT.sweep

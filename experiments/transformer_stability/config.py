@@ -102,7 +102,7 @@ class Changes:
     z_loss: Annotated[NonNegative, Replica] = 1e-4
     """z_loss: its coefficient; without the intervention 0"""
     scaled_decay: Annotated[NonNegative, Replica] = 0.1
-    """scaled_decay: the weight decay that is multiplied by the learning rate, instead of train's"""
+    """scaled_decay: the weight decay, times the learning rate, that replaces the recipe's"""
     base_fan_in: Count = 32
     """mu_param: linear layers learn at rate * this / fan_in; the paper's widths begin at 256"""
     warmup: Fraction = 0.25
@@ -118,17 +118,17 @@ class Config:
     """Blocks"""
     head_width: Count = 16
     """Width of an attention head; must divide the widths"""
-    train: optim.Train = optim.Train(
-        rule="adam",
+    optimizer: optim.Adam = optim.Adam(
         momentum=0.9,
         second_moment=0.95,
         weight_decay=1e-4,
         independent_decay=True,
         clip_norm=1.0,
-        batch_size=16,
         schedule=optim.Cosine(warmup=0.05),
     )
     """The recipe without its learning rate, for which the study has its own"""
+    batch_size: Count = 16
+    """Windows a step"""
     steps: Count = 300
     """Of the schedule"""
     validation: Count = 256
@@ -141,21 +141,20 @@ class Config:
     """Of the initialisations and the order of batches"""
 
     def __post_init__(self) -> None:
-        kept = self.train
-        if kept.rule != "adam" or not kept.independent_decay or kept.base_fan_in:
+        kept = self.optimizer
+        if not kept.independent_decay or kept.base_fan_in:
             raise ValueError(
-                "train must have rule 'adam', independent_decay and no base_fan_in, which is the "
-                f"intervention mu_param, got {kept.rule!r}, {kept.independent_decay} and "
-                f"{kept.base_fan_in}"
+                "optimizer must have independent_decay and no base_fan_in, which is the "
+                f"intervention mu_param, got {kept.independent_decay} and {kept.base_fan_in}"
             )
-        if kept.learning_rate != optim.Train().learning_rate:
+        if kept.learning_rate != optim.Adam().learning_rate:
             raise ValueError(
-                "train.learning_rate is the study's: change study.rates instead, got "
+                "optimizer.learning_rate is the study's: change study.rates instead, got "
                 f"{kept.learning_rate:g}"
             )
         if not isinstance(kept.schedule, optim.Cosine | optim.Linear):
             raise ValueError(
-                "train.schedule must be Cosine or Linear, which have a warm-up, got "
+                "optimizer.schedule must be Cosine or Linear, which have a warm-up, got "
                 f"{type(kept.schedule).__name__}"
             )
         if wrong := [width for width in self.study.widths if width % self.head_width]:
