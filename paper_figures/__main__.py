@@ -72,19 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _stored(
     runs: Path, experiment: str, asked: Mapping[str, ModuleType]
 ) -> dict[Path, dict[str, Any]]:
-    """The configs of the finished runs that have today's layout, the newest last."""
+    """The configs of the finished runs of today's format, the newest last."""
     modules = [module for module in asked.values() if module.EXPERIMENT == experiment]
     studies = any(hasattr(module, "STUDY") for module in modules)
     found = {}
     for path in record.runs(runs, experiment):
         try:
-            config = json.loads((path / "config.json").read_text())
+            config, _ = record.asked(path)
             if studies:
                 str(config["study"]["kind"])
             found[path] = dict(config)
+        except record.RecordError as error:
+            print(f"skipped: {error}", file=sys.stderr)
         except (OSError, ValueError, LookupError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
-            print(f"{path}: skipped: an older layout, not drawn today ({why})", file=sys.stderr)
+            print(f"skipped: {path} is of no study that is drawn today ({why})", file=sys.stderr)
     return found
 
 

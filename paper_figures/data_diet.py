@@ -1,6 +1,9 @@
 """What the figures of ``experiments.data_diet`` share: sources, scores, labels."""
 
+from collections.abc import Mapping
+
 import numpy as np
+import polars as pl
 
 from dynamics import record, statistics
 from dynamics.statistics import Estimate
@@ -37,18 +40,23 @@ def bereft(run: record.Run, *by: str) -> set[Key]:
 
 def scores(run: record.Run, *names: str) -> list[np.ndarray]:
     """f64[R, N] each: scores of the same examples by the same replicas, none of which diverged."""
-    found = [array(run, name, 2) for name in names]
-    shapes = {name: value.shape for name, value in zip(names, found, strict=True)}
-    shapes["index"] = (len(found[0]), len(index(run)))
+    found = {name: array(run, name, 2) for name in names}
+    check(run, found)
+    return list(found.values())
+
+
+def check(run: record.Run, found: Mapping[str, np.ndarray]) -> None:
+    """ValueError unless scores are of the same examples by the same replicas, none diverged."""
+    shapes = {name: value.shape for name, value in found.items()}
+    shapes["index"] = (len(next(iter(found.values()))), len(index(run)))
     if len(set(shapes.values())) > 1:
         raise ValueError(
             f"{where(run)}: its scores must be by the same replicas of the same examples, "
             f"got {shapes}"
         )
-    diverged = np.flatnonzero(np.isfinite(array(run, "diverged", 1, finite=False)))
-    if len(diverged):
-        raise ValueError(f"{where(run)}: scoring replica {diverged[0]} diverged")
-    return found
+    runs = reading.frame(run, "scored").filter(pl.col("diverged").is_not_null())
+    if len(runs):
+        raise ValueError(f"{where(run)}: scoring replica {runs['replica'].min()} diverged")
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> Estimate:

@@ -26,7 +26,7 @@ from dynamics.statistics import Claim, Estimate
 from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import KIRSCH, PAPER
-from paper_figures.data_diet_scores import Scores, label, name_of, parts
+from paper_figures.data_diet_scores import Score, Scores, parts
 from paper_figures.draw import Look
 from paper_figures.reading import minus
 
@@ -35,6 +35,7 @@ STUDY = "Ranking"
 PRESET = "digits"
 TOGETHER = ()
 
+NORM_OF = Score("input_norm")
 INIT = ("grand", "el2n")  # after input norm, in the corner of what knows no labels
 EARLY = ("el2n", "grand", "loss", "entropy", "logit_margin", "pvi")
 LATE = ("aum", "confidence", "forgetting", "variability", "vog")
@@ -53,10 +54,10 @@ class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
     scores: Scores
-    names: tuple[str, ...]  # of the arrays, in the order drawn
-    agreement: dict[str, dict[int, Estimate]]  # (b): array -> runs averaged -> Spearman
+    names: tuple[Score, ...]  # in the order drawn
+    agreement: dict[Score, dict[int, Estimate]]  # (b): runs averaged -> Spearman
 
-    def correlation(self, a: str, b: str) -> Estimate:
+    def correlation(self, a: Score, b: Score) -> Estimate:
         """Spearman of two averages over runs."""
         found = self.scores.estimate(lambda means: statistics.spearman(*means), a, b)
         return data_diet_scores.clipped(found, -1.0, 1.0)
@@ -99,14 +100,14 @@ def _study(runs: Sequence[record.Run]) -> Study:
             f"them, got {scores.replicas}"
         )
     early, last = scores.early, scores.last
-    names = ["input_norm", *(name_of(kind, 0) for kind in INIT)]
-    names += [name_of(kind, early) for kind in EARLY]
-    names += [name_of("el2n", last), "tracin", *(name_of(kind, last) for kind in LATE)]
+    names = [NORM_OF, *(Score(kind, 0) for kind in INIT)]
+    names += [Score(kind, early) for kind in EARLY]
+    names += [Score("el2n", last), Score("tracin"), *(Score(kind, last) for kind in LATE)]
     names = [name for name in dict.fromkeys(names) if scores.has(name)]
-    followed = [name_of("el2n", early), name_of("grand", early), name_of("grand", 0)]
-    for name in [*followed, "input_norm"]:
+    followed = [Score("el2n", early), Score("grand", early), Score("grand", 0)]
+    for name in [*followed, NORM_OF]:
         scores.hard(name)  # or says that it isn't there
-    followed += [name for name in (name_of("forgetting", last),) if name in names]
+    followed += [name for name in (Score("forgetting", last),) if name in names]
     half = scores.replicas // 2
     counts = sorted({1, half} | {k for k in (2, 5) if k < half})
     return Study(
@@ -156,31 +157,31 @@ def _claims(study: Study, figure: str) -> list[Claim]:
     )
     noise = reading.number(scores.run, "noise")
     el2n, grand, init = (
-        *(name_of(kind, scores.early) for kind in ("el2n", "grand")),
-        name_of("grand", 0),
+        *(Score(kind, scores.early) for kind in ("el2n", "grand")),
+        Score("grand", 0),
     )
     gate = 0.97 if not noise else 0.95 if noise <= 0.2 else 0.93
     claims = [
         judge(study.correlation(el2n, grand), paper=PAPER, statement=SAME, at_least=gate,
-              quantity=f"Spearman({label(el2n)}, {label(grand)})"),
-        judge(study.correlation(init, "input_norm"), paper=KIRSCH, statement=NORM, at_least=0.75,
+              quantity=f"Spearman({el2n.label}, {grand.label})"),
+        judge(study.correlation(init, NORM_OF), paper=KIRSCH, statement=NORM, at_least=0.75,
               quantity="Spearman(GraNd at init, input norm)"),
     ]  # fmt: skip
-    late = name_of("el2n", scores.last)
+    late = Score("el2n", scores.last)
     if not noise and late != el2n:
         claims.append(
             judge(study.correlation(el2n, late), paper=PAPER, statement=SOON, at_least=0.9,
-                  quantity=f"Spearman({label(el2n)}, {label(late)})")
+                  quantity=f"Spearman({el2n.label}, {late.label})")
         )  # fmt: skip
     helped = statistics.jackknife(_helped, scores.hard(el2n))
     claims.append(judge(helped, paper=PAPER, statement=AVERAGE, at_least=0.03,
-                        quantity=f"Spearman({label(el2n)}, itself), "
+                        quantity=f"Spearman({el2n.label}, itself), "
                         f"{scores.replicas // 2} runs each - one each"))  # fmt: skip
     nothing = data_diet_scores.size(study.correlation(init, el2n))
     return [
         *claims,
         judge(nothing, paper=KIRSCH, statement=NOTHING, kind="control", at_most=0.3,
-              quantity=f"|Spearman(GraNd at init, {label(el2n)})|"),
+              quantity=f"|Spearman(GraNd at init, {el2n.label})|"),
     ]  # fmt: skip
 
 
@@ -205,13 +206,13 @@ def _panel_matrix(fig: Figure, axes: Axes, study: Study) -> list[dict[str, Any]]
         weight = "bold" if i == j else "normal"
         axes.text(j + 0.5, i + 0.52, _short(float(shown[i, j])), fontsize=5.2, fontweight=weight,
                   color=color, ha="center", va="center")  # fmt: skip
-        series = f"{label(names[i])} ~ {label(names[j])}"
+        series = f"{names[i].label} ~ {names[j].label}"
         e = Estimate(float(shown[i, j]), math.nan, math.nan)
         table.append(reading.row("a", series, None, e, scores.replicas))
     places = np.arange(len(names)) + 0.5
-    axes.set_xticks(places, [label(name) for name in names], rotation=45, ha="right",
+    axes.set_xticks(places, [name.label for name in names], rotation=45, ha="right",
                     rotation_mode="anchor")  # fmt: skip
-    axes.set_yticks(places, [label(name) for name in names])
+    axes.set_yticks(places, [name.label for name in names])
     axes.tick_params(length=0, pad=2, labelsize=6.5)
     axes.invert_yaxis()
     for side in axes.spines.values():
@@ -243,8 +244,8 @@ def _panel_runs(axes: Axes, study: Study) -> list[dict[str, Any]]:
     table, counts = [], []
     for look, (name, found) in zip(looks, study.agreement.items(), strict=False):
         counts = list(found)
-        _line(axes, counts, list(found.values()), look, label(name))
-        rows = [reading.row("b", label(name), k, e, study.scores.replicas)
+        _line(axes, counts, list(found.values()), look, name.label)
+        rows = [reading.row("b", name.label, k, e, study.scores.replicas)
                 for k, e in found.items()]  # fmt: skip
         table += rows
     axes.set_xscale("log")

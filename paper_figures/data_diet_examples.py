@@ -22,7 +22,7 @@ from dynamics.statistics import Claim, Estimate
 from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import PAPER
-from paper_figures.data_diet_scores import Scores, average, name_of, parts
+from paper_figures.data_diet_scores import Score, Scores, average, parts
 
 EXPERIMENT = "data_diet"
 STUDY = "Ranking"
@@ -123,7 +123,8 @@ def _study(runs: Sequence[record.Run]) -> Study:
     n = len(reading.index(run))
     shown = reading.array(run, "shown", 3).astype(np.int64)
     labels, clean = (reading.array(run, k, 1).astype(np.int64) for k in ("labels", "clean"))
-    images = np.asarray(run.arrays.get("shown_images", np.empty(0)))
+    stored = run.arrays.get("shown_images")
+    images = np.empty(0) if stored is None else stored.values
     color = images.ndim == 6 and images.shape[-1] == 3
     if len(shown) != 2 or shown.min() < 0 or shown.max() >= n:
         raise ValueError(f"{where}: 'shown' must be two ends of rows below {n}, got {shown.shape}")
@@ -133,7 +134,7 @@ def _study(runs: Sequence[record.Run]) -> Study:
         )
     images = images.astype(np.float64)
     images = (images - min(images.min(), 0)) / (np.ptp(images) or 1.0)
-    el2n = scores.hard(name_of("el2n", scores.early))
+    el2n = scores.hard(Score("el2n", scores.early))
     wrong = data_diet_scores.flags(run)
     study = Study(scores, el2n, labels, clean.tolist(), wrong, shown, images)
     mean = average(el2n)
@@ -154,7 +155,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
         seeds=scores.replicas,
         scale=data_diet.scale(study.scores.run),
     )
-    wrong, norm = study.wrong.astype(np.float64), scores.average("input_norm")
+    wrong, norm = study.wrong.astype(np.float64), scores.average(Score("input_norm"))
     half = scores.replicas // 2
     agreed = statistics.jackknife(lambda some: _agreed(study, some), study.el2n)
     count = study.shown.shape[2]

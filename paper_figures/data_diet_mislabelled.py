@@ -23,7 +23,7 @@ from dynamics.statistics import Claim, Estimate
 from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import KIRSCH, PAPER
-from paper_figures.data_diet_scores import LABELS, Scores, name_of
+from paper_figures.data_diet_scores import LABELS, Score, Scores
 from paper_figures.draw import Look
 
 EXPERIMENT = "data_diet"
@@ -45,7 +45,8 @@ LOOKS = {
     "vog": Look("#882255", "d", "--"),
     "input_norm": Look("#777777", "x", ":"),
 }
-INIT = Look(drawing.LOOKS["GraNd at init (hardest)"].color, "D", "--")
+INIT_LOOK = Look(drawing.LOOKS["GraNd at init (hardest)"].color, "D", "--")
+INIT, NORM_OF = Score("grand", 0.0), Score("input_norm")
 OPTIONAL = ("pvi", "vog")
 ONCE = ("tracin", "input_norm")  # scores of no single epoch
 TOP = 0.9999  # of the axis of areas
@@ -63,12 +64,12 @@ class Study(NamedTuple):
 
     scores: Scores
     wrong: np.ndarray  # bool[N]
-    names: dict[str, list[str]]  # the arrays of a kind of score, by epoch
+    names: dict[str, list[Score]]  # those of a kind, by epoch
     single: np.ndarray  # f64[R]: the area for early EL2N of each run alone
 
-    def auc(self, name: str) -> Estimate:
+    def auc(self, score: Score) -> Estimate:
         """The area under the curve of the average over runs."""
-        found = self.scores.estimate(lambda mean: statistics.auc(mean[0], self.wrong), name)
+        found = self.scores.estimate(lambda mean: statistics.auc(mean[0], self.wrong), score)
         return data_diet_scores.clipped(found, 0.0, 1.0)
 
 
@@ -128,23 +129,24 @@ def _study(run: record.Run) -> Study:
         )
     names = {}
     for kind in LOOKS:
-        mine = [kind] if kind in ONCE else [name_of(kind, e) for e in scores.epochs]
-        names[kind] = [name for name in mine if scores.has(name)]
-        if kind not in ONCE and name_of(kind, scores.early) not in names[kind]:
+        once, early = kind in ONCE, Score(kind, scores.early)
+        mine = [Score(kind)] if once else [Score(kind, epoch) for epoch in scores.epochs]
+        names[kind] = [score for score in mine if scores.has(score)]
+        if not once and early not in names[kind]:
             if kind not in OPTIONAL:
-                scores.hard(name_of(kind, scores.early))  # says that it isn't there
+                scores.hard(early)  # says that it isn't there
             del names[kind]
         elif not names[kind]:
-            scores.hard(kind)
+            scores.hard(Score(kind))
     single = _single(run, scores)
     return Study(scores, wrong, names, single)
 
 
 def _single(run: record.Run, scores: Scores) -> np.ndarray:
     found = {
-        int(replica): float(auc)
+        int(replica): np.nan if auc is None else float(auc)
         for score, epoch, replica, auc in reading.columns(run, "score", "epoch", "replica", "auc")
-        if score == "el2n" and epoch == scores.early and replica >= 0
+        if score == "el2n" and epoch == scores.early and replica is not None
     }
     values = np.array([found[replica] for replica in sorted(found)])
     if len(values) != scores.replicas or not ((values >= 0) & (values <= 1)).all():
@@ -169,7 +171,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
     )
     early = f"after {reading.count(scores.early, 'epoch')}"
     late = f"after {reading.count(scores.last, 'epoch')}"
-    el2n, aum = name_of("el2n", scores.early), name_of("aum", scores.last)
+    el2n, aum = Score("el2n", scores.early), Score("aum", scores.last)
     average = f"averaged over {reading.count(scores.replicas, 'run')}"
     claims = [
         judge(study.auc(el2n), paper=PAPER, statement=EARLY, at_least=0.98,
@@ -180,15 +182,13 @@ def _claims(study: Study, figure: str) -> list[Claim]:
               quantity=f"AUC of AUM {late}, {average}"),
     ]  # fmt: skip
     control = functools.partial(judge, kind="control")
-    for name, said, paper in ((name_of("grand", 0), CHANCE, KIRSCH), ("input_norm", NORM, KIRSCH)):
-        if scores.has(name):
-            auc = study.auc(name)
-            off = Estimate(*(np.array(auc) - 0.5).tolist())
-            what = "GraNd at init" if "@" in name else "the input norm"
-            claims.append(control(data_diet_scores.size(off), paper=paper, statement=said,
+    for score, what, said in ((INIT, "GraNd at init", CHANCE), (NORM_OF, "the input norm", NORM)):
+        if scores.has(score):
+            off = Estimate(*(np.array(study.auc(score)) - 0.5).tolist())
+            claims.append(control(data_diet_scores.size(off), paper=KIRSCH, statement=said,
                                   quantity=f"|AUC - 0.5| of {what}", at_most=0.12))  # fmt: skip
     if "vog" in study.names:
-        vog = study.auc(name_of("vog", scores.last))
+        vog = study.auc(Score("vog", scores.last))
         claims.append(control(vog, paper=VOG_PAPER, statement=VOG, at_most=0.6,
                               quantity=f"AUC of VoG {late}"))  # fmt: skip
     return claims
@@ -197,15 +197,14 @@ def _claims(study: Study, figure: str) -> list[Claim]:
 # Drawing
 
 
-def _curves(study: Study) -> dict[str, tuple[str, Look]]:
-    """Array -> label and look, of what has a curve in (a)."""
+def _curves(study: Study) -> dict[Score, tuple[str, Look]]:
+    """Score -> label and look, of what has a curve in (a)."""
     early, out = study.scores.early, {}
     for kind in study.names:
-        out[kind if kind in ONCE else name_of(kind, early)] = (LABELS[kind], LOOKS[kind])
-    init = name_of("grand", 0)
-    if study.scores.has(init) and init not in out:
-        norm = out.pop("input_norm")
-        out |= {init: ("GraNd at init", INIT), "input_norm": norm}
+        out[Score(kind, None if kind in ONCE else early)] = (LABELS[kind], LOOKS[kind])
+    if study.scores.has(INIT) and INIT not in out:
+        norm = out.pop(NORM_OF)
+        out |= {INIT: ("GraNd at init", INIT_LOOK), NORM_OF: norm}
     return out
 
 
@@ -216,8 +215,8 @@ def _panel_roc(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
     fewest = 1 / int((~wrong).sum())
     grid = np.geomspace(fewest, 1, 200)
     table = []
-    for name, (label, look) in _curves(study).items():
-        mean = study.scores.average(name)
+    for score, (label, look) in _curves(study).items():
+        mean = study.scores.average(score)
         suspected, found = roc(mean, wrong)
         y = np.interp(grid, suspected, found)
         axes.plot(grid, y, look.line, color=look.color, marker=look.marker, lw=0.9,
@@ -257,12 +256,12 @@ def _panel_epochs(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
     table, epochs = [], study.scores.epochs
     for kind, names in study.names.items():
         look, label = LOOKS[kind], LABELS[kind]
-        found = [study.auc(name) for name in names]
+        found = [study.auc(score) for score in names]
         if kind in ONCE:
             x = [epochs[-1]] if kind == "tracin" else [epochs[0], epochs[-1]]
             found *= len(x)
         else:
-            x = [float(name.partition("@")[2]) for name in names]
+            x = [score.epoch for score in names if score.epoch is not None]
         mean, low, high = np.clip(np.array(found), 1 - TOP, TOP).T
         axes.plot(x, mean, look.line, color=look.color, marker=look.marker, lw=0.9, zorder=3)
         if np.isfinite(np.array(found)).all() and len(x) > 1:

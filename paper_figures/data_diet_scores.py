@@ -27,6 +27,18 @@ LABELS = {  # as the arrays name them -> as the reader sees them
 LOW = ("logit_margin", "pvi", "aum", "confidence")  # hard is the low end; of all others the high
 
 
+class Score(NamedTuple):
+    """What one number for each example is."""
+
+    kind: str  # as the arrays name it
+    epoch: float | None = None  # after which it was taken; None: of no single epoch
+
+    @property
+    def label(self) -> str:
+        """``EL2N @ 5``: as the reader sees it."""
+        return LABELS[self.kind] + ("" if self.epoch is None else f" @ {self.epoch:g}")
+
+
 class Scores(NamedTuple):
     """What a run scored."""
 
@@ -40,32 +52,37 @@ class Scores(NamedTuple):
         """The epoch that ends the scoring runs."""
         return self.epochs[-1]
 
-    def has(self, name: str) -> bool:
-        """Whether the run has the score, as in ``el2n@5``."""
-        return name in self.run.arrays
+    def has(self, score: Score) -> bool:
+        """Whether the run has the score."""
+        found = self.run.arrays.get(score.kind)
+        return found is not None and (
+            score.epoch is None or score.epoch in found.coords.get("epoch", ())
+        )
 
-    def hard(self, name: str) -> np.ndarray:
+    def hard(self, score: Score) -> np.ndarray:
         """f64[R, N], [1, N] of the input norm: high is hard, whatever the score.
 
         An example that a run was not yet shown has NaN, one it never learned infinity.
         """
-        ndim = 1 if name == "input_norm" else 2
-        found = np.atleast_2d(reading.array(self.run, name, ndim, finite=False))
+        kind, epoch = score
+        ndim = 1 if kind == "input_norm" else 2
+        at = {} if epoch is None else {"epoch": epoch}
+        found = np.atleast_2d(reading.array(self.run, kind, ndim, finite=False, **at))
         shape = (len(found) if ndim == 1 else self.replicas, len(reading.index(self.run)))
         if found.shape != shape:
             raise ValueError(
-                f"{reading.where(self.run)}: array {name!r} must be of {shape[0]} replicas and "
+                f"{reading.where(self.run)}: {score.label} must be of {shape[0]} replicas and "
                 f"{shape[1]} examples, got shape {found.shape}"
             )
-        return -found if name.partition("@")[0] in LOW else found
+        return -found if kind in LOW else found
 
-    def average(self, name: str) -> np.ndarray:
+    def average(self, score: Score) -> np.ndarray:
         """f64[N]: the hardness of each example, averaged over replicas."""
-        return average(self.hard(name))
+        return average(self.hard(score))
 
-    def estimate(self, statistic: Callable[[np.ndarray], float], *names: str) -> Estimate:
-        """A statistic of f64[names, N], averages over replicas; its interval is over replicas."""
-        found = [self.hard(name) for name in names]
+    def estimate(self, statistic: Callable[[np.ndarray], float], *some: Score) -> Estimate:
+        """A statistic of f64[scores, N], averages over replicas; its interval is over replicas."""
+        found = [self.hard(score) for score in some]
         whole = np.stack([np.broadcast_to(f, (self.replicas, f.shape[1])) for f in found], axis=1)
         return statistics.jackknife(lambda some: statistic(average(some)), whole)
 
@@ -76,19 +93,9 @@ def read(run: record.Run) -> Scores:
     if not isinstance(epochs, list | tuple) or not epochs:
         raise ValueError(f"{reading.where(run)}: 'score.epochs' must be a list, got {epochs!r}")
     early = reading.number(run, "study", "scored_at")
-    (el2n,) = data_diet.scores(run, name_of("el2n", early))
+    el2n = reading.array(run, "el2n", 2, epoch=early)
+    data_diet.check(run, {"el2n": el2n})
     return Scores(run, early, tuple(sorted(float(e) for e in epochs)), len(el2n))
-
-
-def name_of(kind: str, epoch: float) -> str:
-    """The array of a score at an epoch."""
-    return f"{kind}@{epoch:g}"
-
-
-def label(name: str) -> str:
-    """``EL2N @ 5`` of ``el2n@5``."""
-    kind, _, epoch = name.partition("@")
-    return LABELS[kind] + (f" @ {epoch}" if epoch else "")
 
 
 def average(replicas: np.ndarray) -> np.ndarray:
@@ -108,7 +115,8 @@ def parts(replicas: np.ndarray, count: int) -> np.ndarray:
 
 def flags(run: record.Run, name: str = "mislabelled") -> np.ndarray:
     """bool[N]: the examples whose labels are wrong."""
-    found, count = run.arrays.get(name), len(reading.index(run))
+    stored, count = run.arrays.get(name), len(reading.index(run))
+    found = None if stored is None else stored.values
     if found is None or found.dtype != bool or found.shape != (count,):
         got = "none" if found is None else f"{found.dtype} of shape {found.shape}"
         raise ValueError(f"{reading.where(run)}: array {name!r} must be bool[{count}], got {got}")

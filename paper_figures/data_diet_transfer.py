@@ -123,7 +123,7 @@ def _study(run: record.Run) -> Study:
             accuracy.of(target, source)
     found = data_diet.scores(run, *(f"el2n_{setting}" for setting in SETTINGS))
     model = reading.model(reading.value(run, "model"))
-    rate = reading.number(run, "train", "learning_rate")
+    rate = reading.number(run, "train", "optimizer", "learning_rate")
     other_rate = reading.number(run, "study", "learning_rate")
     other = reading.model(reading.value(run, "study", "model"))
     return Study(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -107,17 +108,15 @@ def measure(runs: Sequence[record.Run], *, figure: str = "data_diet_velocity") -
     return [claim for run in runs for claim in _claims(_study(run), figure)]
 
 
-def _study(whole: record.Run) -> Study:
+def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    where = reading.where(whole)
-    (orders,) = zip(*reading.columns(whole, "order"), strict=True) if len(whole.rows) else ((),)
-    if set(orders) != {"el2n", "random"}:
-        raise ValueError(f"{where} must have rows of order 'el2n' and 'random', got {set(orders)}")
-    run, control = (
-        whole._replace(rows=whole.rows.filter(whole.rows["order"] == order))
-        for order in ("el2n", "random")
-    )
-    cells = reading.cells(run, "rank", "epoch", of="velocity", within=(0.0, 2.0), times=1.0)
+    where = reading.where(run)
+    orders = {order for (order,) in reading.columns(run, "order")}
+    if orders != {"el2n", "random"}:
+        raise ValueError(f"{where} must have rows of order 'el2n' and 'random', got {orders}")
+    by_order = {order: reading.frame(run).filter(pl.col("order") == order) for order in orders}
+    options = {"of": "velocity", "within": (0.0, 2.0), "times": 1.0}
+    cells = reading.cells(run, "rank", "epoch", rows=by_order["el2n"], **options)
     ranks, epochs = (tuple(sorted({key[i] for key in cells.values})) for i in (0, 1))
     if len(ranks) < FEWEST:
         raise ValueError(f"{where} must have rows of {FEWEST} groups or more, got {len(ranks)}")
@@ -125,14 +124,14 @@ def _study(whole: record.Run) -> Study:
     if not (velocity > 0).all():
         raise ValueError(f"{where}: velocity must be above 0 to compare its sizes")
     parts: dict[float, set[float]] = {}
-    for rank, part in reading.columns(run, "rank", "mislabelled"):
+    for rank, part in reading.columns(run, "rank", "mislabelled", rows=by_order["el2n"]):
         parts.setdefault(round(float(rank), 6), set()).add(float(part))
     wrong = np.array([max(parts[rank]) for rank in ranks])
     if any(len(found) > 1 for found in parts.values()) or not ((wrong >= 0) & (wrong <= 1)).all():
         raise ValueError(f"{where}: mislabelled must be one part in [0, 1] for each group")
     if not (wrong < 0.5).any() or wrong[0] >= 0.5:
         raise ValueError(f"{where}: the group of lowest EL2N must have right labels")
-    cells = reading.cells(control, "rank", "epoch", of="velocity", within=(0.0, 2.0), times=1.0)
+    cells = reading.cells(run, "rank", "epoch", rows=by_order["random"], **options)
     ends = [np.log([cells.of(ranks[i], epoch) for epoch in epochs]).mean(axis=0) for i in (0, -1)]
     return Study(velocity, epochs, ranks, wrong, np.array(ends), run)
 

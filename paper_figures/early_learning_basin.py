@@ -29,6 +29,7 @@ TOGETHER = ()
 CLEAR = 2.5  # from this lambda on the clip of the probabilities is not felt
 SHOWN = 3.0  # the lambda whose trajectories are drawn
 FAR = 0.99  # of the true class, at the start
+PLACES = ("step", "elr_lambda", "start")
 LOOKS = {
     "two classes": Look("#0072B2", "o"),
     "many classes": Look("#56B4E9", "s"),
@@ -124,15 +125,14 @@ def _study(run: record.Run) -> Study:
                 f"{reading.where(run)} needs rows of case {name!r} for lambdas up to 2 and "
                 f"above, got {sorted(found)}"
             )
-    lambdas, starts, steps = (
-        reading.array(run, name, 1) for name in ("lambdas", "starts", "steps")
-    )
-    true, shape = reading.array(run, "true_two_classes", 3), (len(lambdas), len(starts))
-    if true.shape != (*shape, len(steps)):
+    reading.array(run, "true", 4)  # finite
+    true = run.arrays["true"].at(case="two classes")
+    if true.dims != PLACES:
         raise ValueError(
-            f"{reading.where(run)}: array 'true_two_classes' must be of lambdas, starts and "
-            f"steps, {(*shape, len(steps))}, got {true.shape}"
+            f"{reading.where(run)}: array 'true' must have the dims case and {PLACES}, got "
+            f"{run.arrays['true'].dims}"
         )
+    steps, lambdas, starts = (np.asarray(true.coords[dim], np.float64) for dim in PLACES)
     rate, beta = (reading.number(run, "study", name) for name in ("learning_rate", "beta"))
     return Study(
         cases=cases,
@@ -140,7 +140,7 @@ def _study(run: record.Run) -> Study:
         lambdas=lambdas,
         starts=starts,
         steps=steps,
-        true=true,
+        true=np.moveaxis(np.asarray(true.values, np.float64), 0, -1),
         scale=f"the logits of one example, learning rate {rate:g}, beta {beta:g}",
     )
 

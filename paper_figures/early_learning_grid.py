@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
@@ -74,10 +75,10 @@ def measure(runs: Sequence[record.Run], *, figure: str = "early_learning_grid") 
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    elr = run._replace(rows=run.rows.filter(run.rows["method"] == "elr"))
-    if not len(elr.rows):
+    elr = reading.frame(run).filter(pl.col("method") == "elr")
+    if not len(elr):
         raise ValueError(f"{reading.where(run)} has no rows of method 'elr'")
-    accuracy = reading.cells(elr, "strength", "beta")
+    accuracy = reading.cells(run, "strength", "beta", rows=elr)
     strengths, betas = (tuple(sorted({key[i] for key in accuracy.values})) for i in (0, 1))
     if min(len(strengths), len(betas)) < 2:
         raise ValueError(f"{reading.where(run)} needs two values of lambda and of beta or more")
@@ -88,7 +89,7 @@ def _study(run: record.Run) -> Study:
     kind = str(reading.value(run, "noise")).replace("_", " ")
     return Study(
         accuracy=accuracy,
-        memorised=reading.cells(elr, "strength", "beta", of="wrong_memorised"),
+        memorised=reading.cells(run, "strength", "beta", rows=elr, of="wrong_memorised"),
         strengths=strengths,
         betas=betas,
         epochs=reading.number(run, "epochs"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
@@ -123,6 +124,7 @@ def measure(
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
     noise = reading.number(run, "rate")
+    later = reading.frame(run).filter(pl.col("epoch") > 0, pl.col("method").is_in([*METHODS]))
     values = {}
     epochs: tuple[float, ...] = ()
     for column in (
@@ -138,10 +140,10 @@ def _study(run: record.Run) -> Study:
         within, times = (
             ((0.0, 1.5), 1.0) if norm else ((0.0, 1.0), 1.0 if "auc" in column else 100.0)
         )
-        later = run._replace(rows=run.rows.filter(run.rows["epoch"] > 0))
         if column == "precision":  # nothing is flagged where there is nothing yet
-            later = later._replace(rows=later.rows.with_columns(later.rows[column].fill_nan(1.0)))
-        cells = reading.cells(later, "method", "epoch", of=column, within=within, times=times)
+            later = later.with_columns(pl.col(column).fill_null(1.0))
+        options = {"rows": later, "of": column, "within": within, "times": times}
+        cells = reading.cells(run, "method", "epoch", **options)
         for method in METHODS:
             epochs = cells.places(method=method)
             if len(epochs) < 2:

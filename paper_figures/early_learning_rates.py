@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
@@ -104,10 +105,10 @@ def _study(run: record.Run) -> Study:
     rates = accuracy.places(method=methods[0])
     if not any(rates):
         raise ValueError(f"{reading.where(run)} needs a rate above 0, got {rates}")
-    noisy = run._replace(rows=run.rows.filter(run.rows["rate"] > 0))
+    noisy = reading.frame(run).filter(pl.col("rate") > 0)
     return Study(
         accuracy=accuracy,
-        memorised=reading.cells(noisy, "method", "rate", of="wrong_memorised"),
+        memorised=reading.cells(run, "method", "rate", rows=noisy, of="wrong_memorised"),
         methods=methods,
         rates=rates,
         strength=reading.number(run, "strength"),

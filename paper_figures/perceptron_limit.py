@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record
@@ -115,17 +116,11 @@ def _study(run: record.Run) -> Study:
     study = Study(
         *(values[name] for name in names),
         gammas=gammas,
-        losses=reading.array(run, "mistake_worst_descent", 2),
-        pair=reading.array(run, "mistake_pair_descent", 2),
+        losses=_losses(run, "worst", gammas),
+        pair=_losses(run, "pair", gammas),
         examples=reading.number(run, "study", "examples"),
         scale=f"digits {classes[0]} and {classes[1]}, and the paper's problems",
     )
-    for name in ("losses", "pair"):
-        if len(getattr(study, name)) != len(gammas):
-            raise ValueError(
-                f"{reading.where(run)}: its losses must be of {len(gammas)} gammas, got "
-                f"{len(getattr(study, name))}"
-            )
     for problem in ("worst", "digits"):
         for method in NAMES:
             study.over(study.distance, problem, method)
@@ -140,6 +135,20 @@ def _cells(run: record.Run, name: str) -> reading.Cells:
             raise ValueError(f"{reading.where(run)}: {name} must be >= 0, got {number} for {raw}")
         out.setdefault(reading.key_of(raw), {})[int(replica)] = float(number)
     return reading.Cells(reading.where(run), by, out)
+
+
+def _losses(run: record.Run, problem: str, gammas: Sequence[float]) -> np.ndarray:
+    """f64[gammas, T + 1]: the loss of gradient descent at every step."""
+    path = reading.frame(run, "path").filter(
+        pl.col("problem") == problem, pl.col("method") == "descent", pl.col("replica") == 0
+    )
+    parts = [path.filter(pl.col("gamma") == gamma).sort("step")["mistake"] for gamma in gammas]
+    if 0 in (lengths := {len(part) for part in parts}) or len(lengths) > 1:
+        raise ValueError(
+            f"{reading.where(run)} needs the loss of every step on problem {problem!r} for "
+            f"{len(gammas)} gammas, got {[len(part) for part in parts]} steps"
+        )
+    return np.array(parts)
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate, Paired
@@ -76,38 +77,49 @@ def only(runs: Sequence[record.Run]) -> record.Run:
     return runs[0]
 
 
-def columns(run: record.Run, *names: str) -> list[tuple[Any, ...]]:
-    """The rows of the run's study as tuples of the named columns."""
-    stage = str(value(run, "study", "kind")).lower()
-    for name in ("stage", *names):
-        if name not in run.rows.columns:
-            raise ValueError(f"{where(run)} has no column {name!r} in its rows: {run.rows.columns}")
-    stages, *lists = (run.rows[name].to_list() for name in ("stage", *names))
-    found = [row for at, *row in zip(stages, *lists, strict=True) if at == stage]
-    if not found:
-        raise ValueError(f"{where(run)} has no rows of stage {stage!r}, but {sorted(set(stages))}")
-    return [tuple(row) for row in found]
+def frame(run: record.Run, name: str | None = None) -> pl.DataFrame:
+    """A frame of the run: that named like its study, or another."""
+    wanted = str(value(run, "study", "kind")).lower() if name is None else name
+    if wanted not in run.frames:
+        raise ValueError(f"{where(run)} has no frame {wanted!r}, but {sorted(run.frames)}")
+    return run.frames[wanted]
+
+
+def columns(
+    run: record.Run, *names: str, rows: pl.DataFrame | None = None
+) -> list[tuple[Any, ...]]:
+    """The rows of the run's study, or those given of them, as tuples of the named columns."""
+    rows = frame(run) if rows is None else rows
+    for name in names:
+        if name not in rows.columns:
+            raise ValueError(f"{where(run)} has no column {name!r} in its rows: {rows.columns}")
+    if not len(rows):
+        raise ValueError(f"{where(run)} has no rows of its study")
+    return rows.select(names).rows()
 
 
 def cells(
     run: record.Run,
     *by: str,
+    rows: pl.DataFrame | None = None,
     of: str = "test_accuracy",
     within: tuple[float, float] = (0.0, 1.0),
     times: float = 100.0,
 ) -> Cells:
     """Column ``of``, ``times`` a factor, for each replica of each combination of ``by``.
 
-    A key holds floats rounded to six places and None for NaN. ValueError: a number that isn't
-    ``within`` the range (a run that diverged has NaN), two rows for one replica, or cells of
-    different replicas, which could not be paired.
+    Of the rows of the run's study, or of those given. A key holds floats rounded to six places and
+    None where a row has no such column. ValueError: a number that isn't ``within`` the range or not
+    there (of a member that diverged), two rows for one replica, or cells of different replicas,
+    which could not be paired.
     """
     out: dict[Key, dict[int, float]] = {}
-    for *raw, replica, number in columns(run, *by, "replica", of):
+    for *raw, replica, number in columns(run, *by, "replica", of, rows=rows):
         key = key_of(raw)
         at = f"{_text(by, key)}, replica {replica}"
         if number is None or not within[0] <= number <= within[1]:
-            diverged = " (the run diverged)" if number is not None and math.isnan(number) else ""
+            lost = number is None or math.isnan(number)
+            diverged = " (the run diverged)" if lost else ""
             low, high = within
             raise ValueError(
                 f"{where(run)}: {of} must be in [{low:g}, {high:g}], got {number} for "
@@ -133,9 +145,8 @@ def key_of(raw: Sequence[Any]) -> Key:
 
 
 def _plain(part: Any) -> Any:
-    if isinstance(part, float | np.floating):
-        return None if math.isnan(part) else round(float(part), 6)
-    return part
+    part = part.item() if isinstance(part, np.generic) else part
+    return round(part, 6) if isinstance(part, float) else part
 
 
 def _text(by: Sequence[str], key: Key) -> str:
@@ -144,11 +155,17 @@ def _text(by: Sequence[str], key: Key) -> str:
     return ", ".join(f"{n} {v:g}" if isinstance(v, float) else f"{n} {v!r}" for n, v in parts)
 
 
-def array(run: record.Run, name: str, ndim: int, *, finite: bool = True) -> np.ndarray:
-    """f64: an array of the run with so many axes."""
+def array(
+    run: record.Run, name: str, ndim: int, *, finite: bool = True, **labels: Any
+) -> np.ndarray:
+    """f64: an array of the run, the part at these labels of its dims, with so many axes."""
     if name not in run.arrays:
         raise ValueError(f"{where(run)} has no array {name!r}; it has {sorted(run.arrays)}")
-    found = np.asarray(run.arrays[name], dtype=np.float64)
+    try:
+        part = run.arrays[name].at(**labels)
+    except ValueError as error:
+        raise ValueError(f"{where(run)}: {name!r}: {error}") from None
+    found = np.asarray(part.values, dtype=np.float64)
     wrong = int((~np.isfinite(found)).sum()) if finite else 0
     if found.ndim != ndim or found.size == 0 or wrong:
         raise ValueError(

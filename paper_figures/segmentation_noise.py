@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
@@ -28,13 +29,14 @@ LAST = 5  # epochs that an IoU is averaged over
 
 
 def over_epochs(
-    run: record.Run, of: str, *by: str, within: tuple[float, float] = (0.0, 1.0), times: float = 100
+    run: record.Run, of: str, *by: str, **options: Any
 ) -> dict[tuple[Any, ...], np.ndarray]:
     """f64[R, E] for each value of the columns ``by``: column ``of`` after every epoch.
 
-    ValueError: a method with other epochs than another's.
+    ``options`` are those of ``reading.cells``. ValueError: a method with other epochs than
+    another's.
     """
-    cells: Cells = reading.cells(run, *by, "epoch", of=of, within=within, times=times)
+    cells: Cells = reading.cells(run, *by, "epoch", of=of, **options)
     keys = dict.fromkeys(key[:-1] for key in cells.values)
     epochs = {key: tuple(sorted(k[-1] for k in cells.values if k[:-1] == key)) for key in keys}
     if len(set(epochs.values())) > 1:
@@ -55,12 +57,10 @@ def scale(run: record.Run) -> str:
 
 def onsets(run: record.Run, *by: str) -> dict[int, dict[tuple[Any, ...], np.ndarray]]:
     """f64[R] for each class and value of ``by``: the epoch of its correction, infinite if none."""
-    unlimited = (1.0, np.inf)
-    return {
-        c: {k: v[:, -1] for k, v in over_epochs(run, f"onset.{c}", *by, within=unlimited,
-                                                times=1.0).items()}
-        for c in CLASSES
-    }  # fmt: skip
+    rows = reading.frame(run).with_columns(pl.col("^onset.*$").cast(pl.Float64).fill_null(np.inf))
+    options = {"rows": rows, "within": (1.0, np.inf), "times": 1.0}
+    found = {c: over_epochs(run, f"onset.{c}", *by, **options) for c in CLASSES}
+    return {c: {key: values[:, -1] for key, values in one.items()} for c, one in found.items()}
 
 
 def mask(axes: Axes, labels: np.ndarray, x: float, y: float, true: np.ndarray | None) -> None:

@@ -60,7 +60,7 @@ class Study(NamedTuple):
     run: record.Run
     values: dict[str, dict[str, np.ndarray]]  # column -> method
     onsets: dict[int, np.ndarray]  # class -> f64[R] of ADELE, at most the last epoch + 1
-    methods: tuple[str, ...]  # in the order of the arrays
+    methods: tuple[str, ...]
     epochs: tuple[float, ...]
     scale: str
 
@@ -80,7 +80,7 @@ class Study(NamedTuple):
 
     def array(self, name: str, method: str) -> np.ndarray:
         """The part of an array that belongs to a method."""
-        return self.run.arrays[name][self.methods.index(method)]
+        return self.run.arrays[name].at(cell=method).values
 
 
 def draw(
@@ -198,12 +198,12 @@ def _controls(study: Study, points: Callable[..., Claim]) -> list[Claim]:
 def _curves(axes: Axes, study: Study) -> list[dict[str, Any]]:
     """The curves of the first seed, and when each class was corrected in every seed."""
     rows = []
-    fits = study.array("fit", "adele")[0]
+    fits = study.run.arrays["fit"].at(cell="adele", replica=0)
     for i, (c, (name, look)) in enumerate(CLASSES.items()):
         values = study.values[f"iou.{c}"]["adele"]
         axes.plot(study.epochs, values[0], look.marker, ms=2.0, color=look.color, label=name,
                   alpha=0.65, zorder=2)  # fmt: skip
-        first, a, b, power = fits[i]
+        first, a, b, power = fits.at(**{"class": c}).values
         if np.isfinite(a):
             t = np.linspace(1.0, len(study.epochs) - first, 200)
             fit = -100 * a * np.expm1(-b * t**power)
@@ -248,7 +248,7 @@ def _epochs(axes: Axes, letter: str, note: str) -> None:
 def _examples(axes: Axes, study: Study) -> None:
     """A row for each image: what it is, what was said of it, what became of that."""
     images, true, noisy = (
-        study.run.arrays[f"shown_{name}"] for name in ("images", "clean", "labels")
+        study.run.arrays[f"shown_{name}"].values for name in ("images", "clean", "labels")
     )
     step = 1.07
     parts = [noisy, study.array("shown_corrected", "adele")]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
@@ -129,7 +130,11 @@ def _study(run: record.Run) -> Study:
     some = reading.nearest(alphas, SOME)
     study = Study(
         fixed=reading.cells(
-            _only_fixed(run), *("method", "alpha", "step"), of="loss", within=(0, np.inf), times=1.0
+            *(run, "method", "alpha", "step"),
+            rows=_only_fixed(run),
+            of="loss",
+            within=(0, np.inf),
+            times=1.0,
         ),
         best=best["loss"],
         weights=best["alpha"],
@@ -142,15 +147,14 @@ def _study(run: record.Run) -> Study:
     )
     for alpha in alphas:
         study.over(alpha)
-        study.fixed.of("limit", alpha, np.inf)
+        study.fixed.of("limit", alpha, None)
     return study
 
 
-def _only_fixed(run: record.Run) -> record.Run:
-    """The run without the rows of the best weights, whose alphas are those of one replica."""
-    if "method" not in run.rows.columns:
-        raise ValueError(f"{reading.where(run)} has no column 'method' in its rows")
-    return run._replace(rows=run.rows.filter(run.rows["method"] != "best"))
+def _only_fixed(run: record.Run) -> pl.DataFrame:
+    """The rows without those of the best weights, whose alphas are those of one replica."""
+    reading.columns(run, "method")
+    return reading.frame(run).filter(pl.col("method") != "best")
 
 
 def _by_step(run: record.Run, name: str, steps: int) -> np.ndarray:
@@ -158,7 +162,7 @@ def _by_step(run: record.Run, name: str, steps: int) -> np.ndarray:
     found: dict[int, dict[int, float]] = {}
     for method, step, replica, value in reading.columns(run, "method", "step", "replica", name):
         if method == "best":
-            found.setdefault(int(replica), {})[int(step)] = float(value)
+            found.setdefault(int(replica), {})[step] = np.nan if value is None else value
     wanted = list(range(1, steps + 1))
     if not found or any(sorted(one) != wanted for one in found.values()):
         raise ValueError(f"{reading.where(run)} needs rows of method 'best' for steps {wanted}")
@@ -175,7 +179,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
     ratios = sparse[:, :-1] / sparse[:, 1:]
     last = {alpha: study.over(alpha)[:, -1] for alpha in study.alphas}
     grid = min(last, key=lambda alpha: last[alpha].mean())
-    limit = study.fixed.of("limit", some, np.inf)
+    limit = study.fixed.of("limit", some, None)
     same = abs(study.over(1.0) - study.over(1.0)[:, :1]).max()
     end = study.steps[-1]
     return [
@@ -205,7 +209,7 @@ def _steps(axes: Axes, study: Study) -> list[dict[str, Any]]:
         name = f"$\\alpha$ = {alpha:g}"
         found = curve(axes, study.steps, study.over(alpha), Look(color, mark), name)
         rows += rows_of("a", f"alpha {alpha:g}", study.steps, found, seeds)
-        end = study.fixed.estimate("limit", alpha, np.inf)
+        end = study.fixed.estimate("limit", alpha, None)
         if 0 < alpha < 1:
             axes.axhline(end.mean, color=color, ls=":", lw=0.8)
         rows.append(row("a", f"alpha {alpha:g}, limit", None, end, seeds))

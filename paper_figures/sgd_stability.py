@@ -133,13 +133,10 @@ def _study(run: record.Run) -> Study:
     steps = values["trace"].places(batch=1.0, learning_rate=rates[0])
     if not steps or len(batches) < 3:
         raise ValueError(f"{reading.where(run)} needs rows of batch 1 and of another")
-    critical, bounds = (
-        {kind: reading.array(run, f"critical_{what}_{kind}", 3) for kind in KINDS}
-        for what in ("trace", "necessary")
-    )
+    sizes, critical = _critical(run, "trace")
     study = Study(
-        *(values, batches, rates, large, steps, critical, bounds),
-        sizes=reading.array(run, "critical_batches", 1),
+        *(values, batches, rates, large, steps, critical, _critical(run, "necessary")[1]),
+        sizes=sizes,
         scale=f"<u*u - v*v, x> of dimension {dim:g}, {examples:g} examples",
     )
     for batch in batches:
@@ -148,6 +145,18 @@ def _study(run: record.Run) -> Study:
     for batch in batches:
         study.over("trace", batch, reading.nearest(rates, SHOWN))
     return study
+
+
+def _critical(run: record.Run, of: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """f64[B]: batch sizes; kind -> f64[B, 2, R] of them, drawn with replacement and without."""
+    by, options = ("kind", "replacement", "batch"), {"within": (0.0, np.inf), "times": 1.0}
+    found = reading.cells(run, *by, of=of, rows=reading.frame(run, "critical"), **options)
+    sizes = found.places(kind=next(iter(KINDS)), replacement=True) or (1,)
+    cells = {
+        kind: np.array([[found.of(kind, again, b) for again in (True, False)] for b in sizes])
+        for kind in KINDS
+    }
+    return np.array(sizes, np.float64), cells
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 
 from dynamics import record, statistics
 from dynamics.statistics import Claim
@@ -92,11 +93,10 @@ def measure(runs: Sequence[record.Run], *, figure: str = "stability_batches") ->
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    last = run.rows.filter(run.rows["averaged"] == 1)
-    mean = last.group_by("stage", "size", "replica").mean() if len(last) else last
-    averaged = run._replace(rows=mean)
+    last = reading.frame(run).filter(pl.col("averaged"))
+    mean = last.group_by("size", "replica").mean() if len(last) else last
     cells = {
-        name: reading.cells(averaged, "size", of=name, within=(-1e6, 1e6), times=1.0)
+        name: reading.cells(run, "size", rows=mean, of=name, within=(-1e6, 1e6), times=1.0)
         for name in MEASURES
     }
     sizes = cells["ratio"].places()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
@@ -89,32 +90,39 @@ def measure(runs: Sequence[record.Run], *, figure: str = "stability_edge") -> li
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    at_edge = run._replace(rows=run.rows.filter(run.rows["rule"] != ""))
-    known = {rule for (rule,) in reading.columns(at_edge, "rule")}
+    edge = reading.frame(run)
+    known = {rule for (rule,) in reading.columns(run, "rule")}
     wanted = [rule for rule in (*RULES, "control") if rule in known]
     if not set(wanted) - {"control"}:
         raise ValueError(f"{reading.where(run)} has no rule of {list(RULES)}")
     found: dict[str, dict[str, np.ndarray]] = {n: {} for n in ("steps", "ratio", "reached", "loss")}
     for rule in wanted:
-        mine = run._replace(rows=run.rows.filter(run.rows["rule"] == rule))
-        steps = sorted({step for (step,) in reading.columns(mine, "step")})
-        some = mine._replace(rows=mine.rows.filter(mine.rows["step"] >= min(s for s in steps if s)))
+        mine = edge.filter(pl.col("rule") == rule)
+        options = {"rows": mine.filter(pl.col("step") > 0), "within": (-1e6, 1e6), "times": 1.0}
         for column in ("ratio", "reached"):
-            cells = reading.cells(some, "step", of=column, within=(-1e6, 1e6), times=1.0)
+            cells = reading.cells(run, "step", of=column, **options)
             places = [key[0] for key in sorted(cells.values)]
             found[column][rule] = np.stack([cells.of(s) for s in places], axis=1)
-            if column == "reached":
-                found[column][rule] = found[column][rule] > 0
-            found["steps"][rule] = np.array(places)
-        found["loss"][rule] = reading.array(run, f"loss_{rule}", 2)
-    rises = run._replace(rows=run.rows.filter(run.rows["stage"] == "rises"))
-    both = {
-        rule: np.array(
-            rises.rows.filter(rises.rows["rule"] == rule).select("before", "after").rows()
-        )
-        for rule in wanted
-    }
+        found["reached"][rule] = found["reached"][rule] > 0
+        found["steps"][rule] = np.array(places)
+        found["loss"][rule] = _losses(run, rule)
+    both = {rule: _both(run, rule) for rule in wanted}
     return Study(**found, rises=both, scale=reading.scale(run))
+
+
+def _losses(run: record.Run, rule: str) -> np.ndarray:
+    """f64[R, steps]: the loss of each run of a rule before every step."""
+    mine = reading.frame(run, "loss").filter(pl.col("rule") == rule).sort("replica", "step")
+    parts = [part["loss"].to_numpy() for part in mine.partition_by("replica")]
+    if not parts or len({len(part) for part in parts}) > 1:
+        raise ValueError(f"{reading.where(run)} lacks losses of rule {rule!r} (did it diverge?)")
+    return np.stack(parts)
+
+
+def _both(run: record.Run, rule: str) -> np.ndarray:
+    """f64[R, 2]: the parts of the steps that raise the loss, before the edge and at it."""
+    mine = reading.frame(run, "rises").filter(pl.col("rule") == rule)
+    return mine.select("before", "after").cast(pl.Float64).to_numpy()
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:

@@ -113,14 +113,14 @@ def measure(runs: Sequence[record.Run], *, figure: str = "stability_spectra") ->
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    steps = reading.array(run, "steps", 1)
+    nodes, weights = (reading.array(run, name, 4) for name in ("nodes", "weights"))
+    steps = run.arrays["nodes"].coords["step"]
     cells = {
         name: reading.cells(run, "step", of=name, within=(-1e9, 1e9), times=1.0)
         for name in ("sharpness", "ratio")
     }
     sharpness = np.stack([cells["sharpness"].of(step) for step in steps])
     ratio = cells["ratio"].of(steps[-1])
-    nodes, weights = (reading.array(run, name, 4) for name in ("nodes", "weights"))
     wanted = sharpness.shape
     if nodes.shape[:2] != wanted or weights.shape != nodes.shape:
         raise ValueError(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
@@ -35,18 +36,26 @@ LOOKS = {
 
 
 def cells(run: record.Run, column: str, *steps: int) -> Cells:
-    """A column at some steps by width, intervention, rate and step; nan becomes infinity.
+    """A column at some steps by width, intervention, rate and step; infinite of a run that had
+    diverged before, and where it is nan.
 
     ValueError: no row of a step, or what ``reading.cells`` refuses.
     """
-    there = run.rows.filter(run.rows["step"].is_in(list(steps)))
+    frame, by = reading.frame(run), ["width", "intervention", "rate"]
+    reading.columns(run, *by, "replica", "step", "diverged", column)
+    there = frame.filter(pl.col("step").is_in(steps))
     if missing := sorted(set(steps) - set(there["step"].to_list())):
         raise ValueError(f"{reading.where(run)} has no rows of step {missing[0]}")
-    if column not in there.columns:
-        raise ValueError(f"{reading.where(run)} has no column {column!r} in its rows")
-    filled = run._replace(rows=there.with_columns(there[column].fill_nan(np.inf)))
-    by = ("width", "intervention", "rate", "step")
-    return reading.cells(filled, *by, of=column, within=(-np.inf, np.inf), times=1.0)
+    there = there.select(*by, "replica", "step", pl.col(column).fill_nan(np.inf))
+    ended = frame.filter(pl.col("diverged").is_not_null()).select(*by, "replica", "diverged")
+    lost = ended.unique().join(pl.DataFrame({"step": steps}), how="cross")
+    lost = lost.filter(pl.col("step") > pl.col("diverged")).with_columns(
+        pl.lit(np.inf).alias(column)
+    )
+    rows = pl.concat([there, lost.select(there.columns)], how="vertical_relaxed")
+    return reading.cells(
+        run, *by, "step", rows=rows, of=column, within=(-np.inf, np.inf), times=1.0
+    )
 
 
 def values(found: Cells, place: int) -> tuple:
