@@ -42,12 +42,12 @@ BAD = ("silent corruption", "fresh start", "hang", "unclear error")
 
 MOMENTS = ("start-up", "training", "saving", "finishing")
 FILES = {
-    "checkpoint arrays": r"/checkpoints/\d+/tree/.*(d/|ocdbt)",
+    "checkpoint arrays": r"/checkpoints/\d+/(state|probes)/.*(d/|ocdbt)",
     "checkpoint metadata": r"/checkpoints/\d+/",
     "checksums": r"/checksums/",
     "rows.jsonl": r"/rows\.jsonl$",
     "sums.jsonl": r"/sums\.jsonl$",
-    "rows.parquet": r"/rows\.parquet$",
+    "frames": r"/frames/[^.]",
     "arrays": r"/arrays/[^.]",
     "config.json": r"/config\.json$",
     "provenance.json": r"/provenance\.json$",
@@ -73,7 +73,7 @@ class Wrong(Exception):
 
 
 def child(folder: Path, points: Sequence[str], said: Path, limit: int, jumps: list) -> None:
-    """Two probes, many checkpoints, everything that was trained among the arrays."""
+    """Three probes, many checkpoints, everything that was trained among the arrays and weights."""
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     logging.basicConfig(force=True)
     logging.getLogger("dynamics").setLevel(logging.INFO)
@@ -82,31 +82,42 @@ def child(folder: Path, points: Sequence[str], said: Path, limit: int, jumps: li
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     if jumps:
         move_clock(jumps)
+    import numpy as np
     import tiny
 
-    from dynamics import mesh, record, scores
-    from dynamics.probes import Evaluate, Score
+    from dynamics import fit, mesh, population, record, scores
+    from dynamics.probes import Evaluate, Forgetting, Score
 
     p = tiny.problem("mlp", STEPS)
 
-    def compute(points: Sequence[str], recorder: record.Recorder | None) -> list[record.Table]:
+    def compute(points: Sequence[str], recorder: record.Recorder | None) -> list[record.Findings]:
         probes = (
-            Evaluate(p.task, p.data, 30, batch_size=20),
-            Score(scores.el2n, p.task, p.data, (0, 100, STEPS), "el2n", batch_size=20),
+            Evaluate(30, batch_size=20),
+            Score(scores.el2n, (0, 100, STEPS), "el2n", batch_size=20),
+            Forgetting(len(p.data), 90),
         )
         options: dict[str, Any] = {"store": recorder, "checkpoint_every": EVERY, "probes": probes}
         found = tiny.run(p, mesh.make(2), REPLICAS, **options)
-        arrays = found.arrays | {f"leaf{i}": x for i, x in enumerate(tiny.leaves(found))}
-        tables = []
+        frames = {"rows": found.rows, "status": found.status} | found.measured
+        arrays = {".".join(key): array for key, array in found.arrays.items()}
+        for i, x in enumerate(tiny.leaves(found)):
+            dims = ("member", *(f"axis_{axis}" for axis in range(x.ndim - 1)))
+            arrays[f"leaf{i}"] = record.Array(x, dims, {"member": np.arange(REPLICAS)})
+        findings = []
         for point in points:
-            chosen, replicas = POINTS[point], range(REPLICAS)[POINTS[point]]
-            mine = [int(r) in replicas for r in found.rows["replica"]]
-            rows = {name: value[mine] for name, value in found.rows.items()}
-            tables.append(record.Table(rows, {n: x[chosen] for n, x in arrays.items()}))
-        return tables
+            members = list(range(REPLICAS)[POINTS[point]])
+            own = {n: frame.filter(frame["member"].is_in(members)) for n, frame in frames.items()}
+            some = {name: array.among("member", members) for name, array in arrays.items()}
+            state = population.take(found.state, members)
+            findings.append(record.Findings(own, some, {"last": state}))
+        return findings
+
+    def keep(home: Path, found: record.Findings) -> None:
+        for name, state in found.weights.items():
+            fit.save(home / "weights" / name, state)
 
     try:
-        record.completed(folder, points, compute, {"data": "made up"})
+        record.completed(folder, points, compute, {"data": "made up"}, keep)
     finally:  # what it ends with can be said
         without = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
         resource.setrlimit(resource.RLIMIT_FSIZE, without)
@@ -191,9 +202,11 @@ def of_points(folder: Path, points: Sequence[str]) -> list[Path]:
 def differences(path: Path, calm: Path) -> list[str]:
     """What differs between a run as read and the undisturbed one: bits, no tolerance.
 
-    One that goes on may have no more than the first rows and some arrays; of a group, the config
-    is another, and all replicas' rows are there.
+    One that goes on may have no more than the first rows and some steps of the arrays; of a group,
+    the config is another, and all members' rows are there.
     """
+    import numpy as np
+
     from dynamics import record
 
     run, whole = record.read(path), record.read(of_points(calm, ["all"])[0])
@@ -202,28 +215,53 @@ def differences(path: Path, calm: Path) -> list[str]:
     found = [] if truth is None or run.config == truth.config else ["config"]
     made = [{**r.provenance, "started": 0, "command": 0} for r in (run, truth or whole)]
     found += ["provenance"] * (made[0] != made[1])
-    rows = truth.rows if run.done and truth is not None else whole.rows
-    if run.done and run.rows.shape != rows.shape:
-        found.append("number of rows")
-    for name in run.rows.columns:
-        ours, theirs = (t[name].to_numpy().astype("f8")[: len(run.rows)] for t in (run.rows, rows))
-        found += [f"column {name}"] * (ours.tobytes() != theirs.tobytes())
-    expected = truth.arrays if run.done and truth is not None else whole.arrays
-    for name, value in run.arrays.items():
-        known = [r.arrays[name] for r in (truth, whole) if r is not None and name in r.arrays]
-        if not any(x.dtype == value.dtype and x.tobytes() == value.tobytes() for x in known):
+    expected = truth if run.done and truth is not None else whole
+    if run.done and (run.frames.keys(), run.arrays.keys()) != (
+        expected.frames.keys(),
+        expected.arrays.keys(),
+    ):
+        found.append("names of frames or arrays")
+    for name, frame in run.frames.items():
+        wanted = expected.frames[name] if run.done else expected.frames[name][: len(frame)]
+        same = frame.schema == wanted.schema and frame.equals(wanted)
+        found += [f"frame {name}"] * (not same)
+    for name, array in run.arrays.items():
+        wanted = expected.arrays[name]
+        if not run.done:
+            wanted = wanted.among("step", array.coords["step"].tolist())
+        labels = all(np.array_equal(wanted.coords[d], c) for d, c in array.coords.items())
+        if (
+            not labels
+            or (array.dims, array.values.dtype) != (wanted.dims, wanted.values.dtype)
+            or array.values.tobytes() != wanted.values.tobytes()
+        ):
             found.append(f"array {name}")
-    return found + ["names of arrays"] * (run.done and run.arrays.keys() != expected.keys())
+    return found + kept(path, expected) * run.done
+
+
+def kept(path: Path, expected: Any) -> list[str]:
+    """What differs between the weights of a finished run and what it trained."""
+    import jax
+    import numpy as np
+
+    from dynamics import fit
+
+    state = fit.load(path / "weights" / "last")
+    leaves = [np.asarray(x) for x in jax.tree.leaves((state.params, state.extras))]
+    wanted = [expected.arrays[f"leaf{i}"].values for i in range(len(leaves))]
+    same = all(a.tobytes() == b.tobytes() for a, b in zip(leaves, wanted, strict=True))
+    return [] if same else ["weights"]
 
 
 def look(folder: Path, calm: Path) -> None:
     """Read everything there is. Wrong: other data than the undisturbed run's, and no error."""
     from dynamics import record
+    from dynamics.checkpoint import CheckpointError
 
     for path in sorted(folder.iterdir()):
         try:
             found = differences(path, calm)
-        except (record.RecordError, OSError) as error:
+        except (record.RecordError, CheckpointError, OSError) as error:
             if str(path) not in str(error):
                 raise Wrong("unclear error", f"read: {error!r}") from error
         except Exception as error:

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from dynamics import record, statistics
+from dynamics.record import Array
 
 N, CLASSES, REPLICAS, SHOWN = 90, 3, 6, 2
 EPOCHS = (0.0, 1.0, 5.0, 20.0)
@@ -30,36 +31,38 @@ def ranking(
     def each(values):
         return (values + spread * rng.normal(size=(replicas, N))).astype(np.float32)
 
-    arrays = {"grand@0": each(1.5 * norm), "input_norm": norm.astype(np.float32)}
+    found = {("grand", 0.0): each(1.5 * norm)}
     for kind in ("el2n", "loss", "entropy", "logit_margin"):
-        arrays[f"{kind}@0"] = each(rng.permutation(N) / N)
+        found[kind, 0.0] = each(rng.permutation(N) / N)
     streamed = ("pvi", "vog", "forgetting", "aum", "confidence", "variability")
     for epoch in EPOCHS[1:]:
         for kind in ("el2n", "grand", "loss", "entropy", "logit_margin", *streamed):
             values = np.exp(hardness) if kind == "grand" else hardness
-            arrays[f"{kind}@{epoch:g}"] = each(-values if kind in LOW else values)
-        arrays[f"vog@{epoch:g}"] = each(rng.permutation(N) / N)
-    arrays["tracin"] = each(hardness)
-    arrays |= {
+            found[kind, epoch] = each(-values if kind in LOW else values)
+        found["vog", epoch] = each(rng.permutation(N) / N)
+    arrays = stacked(found) | {"tracin": Array(each(hardness), ("replica", "example"))}
+    about = {
+        "input_norm": norm.astype(np.float32),
         "index": np.arange(N, dtype=np.int32),
         "labels": labels.astype(np.int32),
         "clean": np.where(wrong, (labels + 1) % CLASSES, labels).astype(np.int32),
         "mislabelled": wrong,
-        "diverged": np.full(replicas, np.inf),
     }
-    mean = arrays["el2n@5"].astype(np.float64).mean(axis=0)
+    arrays |= {name: Array(value, ("example",)) for name, value in about.items()}
+    mean = found["el2n", 5.0].astype(np.float64).mean(axis=0)
     by_class = [[r for r in np.argsort(mean) if labels[r] == c] for c in range(CLASSES)]
     shown = [[c[::-1][:SHOWN] for c in by_class], [c[:SHOWN] for c in by_class]]
-    arrays["shown"] = np.array(shown, dtype=np.int32)
+    dims = ("end", "class", "place")
+    arrays["shown"] = Array(np.array(shown, dtype=np.int32), dims)
     size = (8, 8, 3) if color else (8, 8)
-    arrays["shown_images"] = rng.integers(0, 255, (2, CLASSES, SHOWN, *size)).astype(np.uint8)
+    images = rng.integers(0, 255, (2, CLASSES, SHOWN, *size)).astype(np.uint8)
+    arrays["shown_images"] = Array(images, (*dims, "y", "x", "channel")[: images.ndim])
     rows = []
     for epoch in EPOCHS:
-        for replica, one in enumerate(arrays[f"el2n@{epoch:g}"]):
-            auc = statistics.auc(one, wrong) if noise else np.nan
-            rows.append(("ranking", "el2n", epoch, replica, auc))
-        rows.append(("ranking", "el2n", epoch, -1, 0.5))
-    names = ["stage", "score", "epoch", "replica", "auc"]
+        for replica, one in enumerate(found["el2n", epoch]):
+            auc = statistics.auc(one, wrong) if noise else None
+            rows.append({"score": "el2n", "epoch": epoch, "replica": replica, "auc": auc})
+        rows.append({"score": "el2n", "epoch": epoch, "replica": None, "auc": 0.5})
     config = {
         "kind": "Config",
         "data": {"kind": "DataConfig", "source": source},
@@ -69,22 +72,51 @@ def ranking(
         "noise": noise,
         "seed": 0,
     }
-    table = pl.DataFrame(rows, schema=names, orient="row")
-    return record.Run(
-        Path("runs/data_diet/made-up"),
-        f"{round(100 * noise):016x}",
-        config,
-        {},
-        table,
-        arrays,
-        True,
-    )
+    frames = {"ranking": record.frame(rows), "scored": scored(replicas)}
+    path, fingerprint = Path("runs/data_diet/made-up"), f"{round(100 * noise):016x}"
+    return record.Run(path, fingerprint, config, {}, frames, arrays, True)
+
+
+def stacked(found):
+    """(kind, epoch) -> [replica, example] as arrays by kind, with dim epoch."""
+    arrays = {}
+    for kind in dict.fromkeys(kind for kind, _ in found):
+        epochs = sorted(epoch for other, epoch in found if other == kind)
+        values = np.stack([found[kind, epoch] for epoch in epochs])
+        arrays[kind] = Array(values, ("epoch", "replica", "example"), {"epoch": np.array(epochs)})
+    return arrays
+
+
+def scored(replicas, diverged=None):
+    """Frame ``scored`` of runs that did not diverge, or each at the step given."""
+    steps = [diverged] * replicas
+    types = {"replica": pl.Int64, "diverged": pl.Int64}
+    return pl.DataFrame({"replica": range(replicas), "diverged": steps}, schema_overrides=types)
+
+
+def value(run, name, epoch=None):
+    """The values of an array, at an epoch if it has some."""
+    return run.arrays[name].at(**({} if epoch is None else {"epoch": epoch})).values
+
+
+def with_score(run, kind, epoch, values):
+    """The run with another score at an epoch, or without it for None."""
+    stored = run.arrays[kind]
+    found = {(kind, e): stored.at(epoch=e).values for e in stored.coords["epoch"]}
+    del found[kind, epoch]
+    found |= {} if values is None else {(kind, epoch): values}
+    return run._replace(arrays={k: v for k, v in run.arrays.items() if k != kind} | stacked(found))
 
 
 def with_array(run, name, value):
-    """The run with another array, without it for None."""
+    """The run with other values of an array, without it for None."""
     rest = {k: v for k, v in run.arrays.items() if k != name}
-    return run._replace(arrays=rest if value is None else rest | {name: value})
+    if value is None:
+        return run._replace(arrays=rest)
+    value, old = np.asarray(value), run.arrays[name]
+    same = value.ndim == old.values.ndim
+    dims = old.dims if same else tuple(f"axis_{i}" for i in range(value.ndim))
+    return run._replace(arrays=rest | {name: Array(value, dims, old.coords if same else {})})
 
 
 def with_config(run, **values):

@@ -22,10 +22,10 @@ class Sleeper:
 
     name, every = "sleeper", (2 * EVERY,)
 
-    def start(self, state: Any, each: Any) -> tuple:
+    def start(self, context: Any, state: Any) -> tuple:
         return ()
 
-    def measure(self, carry: tuple, state: Any, each: Any) -> tuple[tuple, dict]:
+    def measure(self, context: Any, carry: tuple, state: Any) -> tuple[tuple, dict]:
         from dynamics import hosts
 
         while os.environ.get("SLEEPER") == str(hosts.index()):
@@ -34,7 +34,7 @@ class Sleeper:
 
 
 def trained(folder: Path, shape: Sequence[int], steps: int) -> dict[str, Any]:
-    """The run on the devices of all processes: its rows, arrays, and what was trained."""
+    """The run on the devices of all processes: its frames, arrays, and what was trained."""
     import jax
     import numpy as np
     import tiny
@@ -42,18 +42,18 @@ def trained(folder: Path, shape: Sequence[int], steps: int) -> dict[str, Any]:
     from dynamics import mesh, record
     from dynamics.data.stream import streamed
     from dynamics.probes import AreaUnderMargin, Evaluate, Memorisation
-    from dynamics.record import Table
+    from dynamics.record import Array, Findings
 
     p, where = tiny.problem("mlp", steps), mesh.make(*shape)
     labels = np.tile(np.roll(p.data.y, 1), (REPLICAS, 1))
     probes = (
-        Evaluate(p.task, p.data, 20, batch_size=40),
+        Evaluate(20, batch_size=40),
         AreaUnderMargin(len(p.data), 20),
-        Memorisation(p.task, p.data, labels, p.data.y, 20, batch_size=40),
+        Memorisation(20, labels, p.data.y, batch_size=40),
         Sleeper(),
     )
 
-    def compute(points: Sequence[str], recorder: record.Recorder | None) -> list[Table]:
+    def compute(points: Sequence[str], recorder: record.Recorder | None) -> list[Findings]:
         keys = jax.random.split(jax.random.key(0), REPLICAS)
         found = tiny.run(
             *(p, where, REPLICAS),
@@ -65,10 +65,20 @@ def trained(folder: Path, shape: Sequence[int], steps: int) -> dict[str, Any]:
         )
         assert found.state is not None
         leaves = jax.tree.leaves(mesh.fetch((found.state.params, found.state.opt_state)))
-        return [Table(found.rows, found.arrays | {f"leaf{i}": x for i, x in enumerate(leaves)})]
+        arrays = {".".join(key): array for key, array in found.arrays.items()}
+        arrays |= {
+            f"leaf{i}": Array(x, tuple(f"axis_{axis}" for axis in range(x.ndim)))
+            for i, x in enumerate(leaves)
+        }
+        return [Findings({"rows": found.rows} | found.measured, arrays)]
 
-    (table,) = record.completed(folder, ("run",), compute, {"data": "made up"})
-    return {f"rows.{name}": values for name, values in table.rows.items()} | table.arrays
+    (findings,) = record.completed(folder, ("run",), compute, {"data": "made up"})
+    columns = {
+        f"{name}.{column}": frame[column].to_numpy()
+        for name, frame in findings.frames.items()
+        for column in frame.columns
+    }
+    return columns | {name: array.values for name, array in findings.arrays.items()}
 
 
 def main(folder: Path, shape: Sequence[int], steps: int) -> None:

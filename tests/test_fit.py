@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dynamics import fit, mesh, optim, scores
+from dynamics import fit, mesh, population, scores
 from dynamics.checkpoint import CheckpointError
 from dynamics.data.stream import resident, streamed
 from dynamics.probes import Evaluate, Score
@@ -52,7 +52,7 @@ def plain(kind: str) -> Any:
 def test_watching_and_storing_change_no_bit(plain: Any, tmp_path: Any) -> None:
     p, unwatched = plain
     probes = (
-        Evaluate(p.task, p.data, 7, batch_size=16),
+        Evaluate(7, batch_size=16),
         Seen(len(p.data), 3),
     )
     watched = tiny.run(p, mesh.make(), 2, probes=probes)
@@ -62,8 +62,7 @@ def test_watching_and_storing_change_no_bit(plain: Any, tmp_path: Any) -> None:
     for x, y in zip(tiny.leaves(unwatched), tiny.leaves(watched), strict=True):
         np.testing.assert_array_equal(x, y)
     tiny.assert_equal(watched, stored)
-    losses = ~np.isnan(watched.rows["loss"])
-    np.testing.assert_array_equal(watched.rows["loss"][losses], unwatched.rows["loss"])
+    tiny.assert_frame(watched.rows, unwatched.rows)
 
 
 def test_a_run_cut_and_continued_has_the_same_bits(plain: Any, tmp_path: Any) -> None:
@@ -78,7 +77,7 @@ def test_a_run_cut_and_continued_has_the_same_bits(plain: Any, tmp_path: Any) ->
 def test_replica_0_does_not_depend_on_its_companions(kind: str) -> None:
     p = tiny.problem(kind)
     keys = jax.random.split(jax.random.key(0), 4)
-    scalars = optim.hyperparameters(p.train)
+    scalars = p.rule.hyperparameters()
 
     def train(keys: Any) -> Any:
         state = fit.init(p.task, p.optimizer, keys, scalars, mesh.make())
@@ -111,33 +110,39 @@ def test_rows_and_arrays(plain: Any) -> None:
         p,
         mesh.make(),
         2,
-        probes=(probe, Evaluate(p.task, p.data, 10, batch_size=16)),
+        probes=(probe, Evaluate(10, batch_size=16)),
         record_every=4,
     )
-    rows = results.rows
-    trained = ~np.isnan(rows["loss"])
-    np.testing.assert_array_equal(rows["step"][trained], np.repeat(np.arange(0, 20, 4), 2))
-    np.testing.assert_array_equal(rows["replica"][trained], np.tile([0, 1], 5))
-    tested = ~np.isnan(rows["test.loss"])
-    np.testing.assert_array_equal(rows["step"][tested], np.repeat([0, 10, 20], 2))
-    seen = ~np.isnan(rows["seen.total"])
-    np.testing.assert_array_equal(rows["step"][seen], np.repeat([5, 10, 15, 20], 2))
-    np.testing.assert_array_equal(rows["seen.total"][seen], tiny.BATCH * rows["step"][seen])
+    rows, tested, seen = results.rows, results.measured["test"], results.measured["seen"]
+    assert rows.columns == ["step", "member", "loss"]
+    np.testing.assert_array_equal(rows["step"], np.repeat(np.arange(0, 20, 4), 2))
+    np.testing.assert_array_equal(rows["member"], np.tile([0, 1], 5))
+    np.testing.assert_array_equal(tested["step"], np.repeat([0, 10, 20], 2))
+    np.testing.assert_array_equal(seen["step"], np.repeat([5, 10, 15, 20], 2))
+    np.testing.assert_array_equal(seen["total"], tiny.BATCH * seen["step"].to_numpy())
+    for frame in (rows, tested, seen):  # absence is never NaN
+        assert np.isfinite(frame.to_numpy()).all()
     # 40 examples in batches of 8: after each 5 steps every example was presented equally often
-    np.testing.assert_array_equal(results.arrays["seen.count@10"], np.full((2, 40), 2))
-    np.testing.assert_array_equal(results.arrays["diverged"], [np.inf, np.inf])
+    assert results.measured.keys() == {"test", "seen"} and [*results.arrays] == [("seen", "count")]
+    count = results.arrays["seen", "count"]
+    assert count.dims == ("step", "member", "axis_0") and count.values.shape == (4, 2, 40)
+    np.testing.assert_array_equal(count.coords["step"], [5, 10, 15, 20])
+    np.testing.assert_array_equal(count.at(step=10).values, np.full((2, 40), 2))
+    assert results.status.rows() == [(0, "finished", 20), (1, "finished", 20)]
 
 
 def test_scores_of_a_population_are_those_of_its_members() -> None:
     p = tiny.problem("mlp")
     labels = np.stack([p.data.y, (p.data.y + 1) % 4])
-    probe = Score(scores.el2n, p.task, p.data, (0, 20), "el2n", labels=labels, batch_size=16)
+    probe = Score(scores.el2n, (0, 20), "el2n", labels=labels, batch_size=16)
     results = tiny.run(p, mesh.make(2), 2, probes=(probe,))
-    found = results.arrays["el2n.score@20"]
-    assert set(results.arrays) == {"el2n.score@0", "el2n.score@20", "diverged"}
+    array = results.arrays["el2n", "score"]
+    assert [*results.arrays] == [("el2n", "score")] and array.dims[:2] == ("step", "member")
+    np.testing.assert_array_equal(array.coords["step"], [0, 20])
+    found = array.at(step=20).values
     assert results.state is not None
     for replica in range(2):
-        member = jax.tree.map(lambda x, r=replica: x[r], results.state)
+        member = population.take(results.state, replica)
         data = p.data.replace(y=labels[replica])
         alone = scores.over_examples(scores.el2n, p.task, member, data, batch_size=7)
         np.testing.assert_allclose(found[replica], alone, rtol=1e-5)
@@ -151,11 +156,14 @@ def test_a_diverged_replica_is_frozen_and_disturbs_nobody(caplog: Any) -> None:
     calm = tiny.run(
         p, mesh.make(), 3, changed={"learning_rate": np.full(3, 0.02, np.float32)}, how="map"
     )
-    at = results.arrays["diverged"]
-    assert np.isinf(at[[0, 2]]).all() and 0 < at[1] < 20
+    assert results.status["status"].to_list() == ["finished", "diverged", "finished"]
+    at = results.status["step"].to_list()
+    assert at[0] == at[2] == 20 and 0 < at[1] < 20
     assert [r.getMessage() for r in caplog.records] == [
-        f"replica 1 diverged: its loss at step {at[1]:.0f} is not finite"
+        f"member 1 diverged: its loss, gradient or update at step {at[1]} is not finite"
     ]
+    own = results.rows["step"].to_numpy()[results.rows["member"].to_numpy() == 1]
+    np.testing.assert_array_equal(own, np.arange(at[1]))  # its rows end where it diverged
     for x, y in zip(tiny.leaves(results), tiny.leaves(calm), strict=True):
         np.testing.assert_array_equal(x[[0, 2]], y[[0, 2]])
     until = p._replace(num_steps=int(at[1]))
@@ -163,6 +171,19 @@ def test_a_diverged_replica_is_frozen_and_disturbs_nobody(caplog: Any) -> None:
     for x, y in zip(tiny.leaves(results), tiny.leaves(frozen), strict=True):
         np.testing.assert_array_equal(x[1], y[1])
     np.testing.assert_array_equal(np.asarray(results.state.step), [20, 20, 20])  # pyright: ignore
+
+
+def test_an_update_that_overflows_at_the_last_step_is_said_and_not_kept(caplog: Any) -> None:
+    p = tiny.problem("mlp", momentum=0.0, num_steps=1)
+    rates = np.array([np.inf, 0.02], np.float32)
+    with caplog.at_level(logging.WARNING, "dynamics"):
+        results = tiny.run(p, mesh.make(), 2, changed={"learning_rate": rates})
+    assert results.status.rows() == [(0, "diverged", 0), (1, "finished", 1)]
+    assert results.rows["member"].to_list() == [1] and results.rows["loss"].is_finite().all()
+    assert all(np.isfinite(x).all() for x in tiny.leaves(results))
+    assert [r.getMessage() for r in caplog.records] == [
+        "member 0 diverged: its loss, gradient or update at step 0 is not finite"
+    ]
 
 
 def test_batches_from_the_host_train_the_same_network() -> None:
@@ -188,7 +209,7 @@ def test_the_loss_is_traced_twice_however_long_the_run() -> None:
         return p.task.loss(*args)
 
     counted = p._replace(task=p.task._replace(loss=loss), num_steps=61)
-    probes = (Seen(40, 7), Evaluate(p.task, p.data, 11))
+    probes = (Seen(40, 7), Evaluate(11))
     tiny.run(counted, mesh.make(), 2, probes=probes)
     assert count == 2
 
@@ -205,7 +226,7 @@ def test_golden_20_steps() -> None:
     """If this fails and you meant to change the step, the order, the initialisation or the loss,
     print the new numbers and say why in the commit; otherwise something changed by accident."""
     results = tiny.run(tiny.problem("mlp"), mesh.make(), 1)
-    np.testing.assert_allclose(results.rows["loss"][[0, 1, 10, 19]], GOLDEN, rtol=1e-5)
+    np.testing.assert_allclose(tiny.losses(results)[[0, 1, 10, 19], 0], GOLDEN, rtol=1e-5)
 
 
 GOLDEN = [1.1983175, 1.3690051, 0.9165092, 0.7086844]
@@ -219,6 +240,10 @@ GOLDEN = [1.1983175, 1.3690051, 0.9165092, 0.7086844]
         ({"record_every": -1}, "record_every must be a positive number of steps, got -1"),
         ({"probes": (Seen(40, 0),)}, "every of 'seen' must be a positive number"),
         ({"probes": (Seen(40), Seen(40))}, "two probes are named 'seen'"),
+        ({"probes": (Seen(40, name="rows"),)}, "a probe may not be named 'rows'"),
+        ({"probes": (Seen(40, name="a/b"),)}, "named by letters, digits and _ . @ .*, got 'a/b'"),
+        ({"probes": (Seen(40, name=""),)}, "named by letters, digits and _ . @ .*, got ''"),
+        ({"probes": (Seen(40, name="../x"),)}, "named by letters, digits .*, got '../x'"),
     ],
 )
 def test_refusals_before_compilation(options: Any, message: str) -> None:
@@ -255,8 +280,11 @@ def test_sizes_that_do_not_fit_together_are_refused() -> None:
 def test_the_checkpoints_of_another_run_are_not_taken_up(tmp_path: Any) -> None:
     p = tiny.problem("mlp")
     tiny.run(p._replace(num_steps=4), mesh.make(), 2, store=Recorder(tmp_path, ()))
-    for other in ({"seed": 1}, {"changed": {"learning_rate": 0.5}}):
-        with pytest.raises(CheckpointError, match="with other keys or hyperparameters"):
+    for other, words in (
+        ({"seed": 1}, "its keys, and so the order of its batches, are other than these"),
+        ({"changed": {"learning_rate": 0.5}}, "its hyperparameters differ in 'learning_rate'"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{tmp_path} holds another run: {words}. Give"):
             tiny.run(p, mesh.make(), 2, store=Recorder(tmp_path, ()), **other)
     with pytest.raises(RecordError, match="holds a run of another config"):
         Recorder(tmp_path, ("another",))

@@ -57,7 +57,7 @@ def _groups(p: Any, here: Any, rules: Any) -> list[list[int]]:
     state = tiny.start(p, here, 8)
     chunk = Chunk(p.task, p.optimizer, state, tiny.batches(p, 8), here, rules=rules, how="vmap")
     rest = (chunk.own, ())
-    text = chunk._loop.lower(state, rest, np.int32(1), chunk.shared).compile().as_text()
+    text = chunk.program.loop.lower(state, rest, np.int32(1), chunk.shared).compile().as_text()
     return collectives(text, 8)
 
 
@@ -141,7 +141,7 @@ def test_a_foreign_mesh_is_refused() -> None:
 def test_rules_must_cover_every_leaf() -> None:
     p = tiny.problem("mlp")
     state = tiny.start(p, mesh.make(), 1)
-    with pytest.raises(ValueError, match="no sharding rule matches 'step'"):
+    with pytest.raises(ValueError, match="no sharding rule matches 'params/dense_0/bias'"):
         mesh.shardings(state, mesh.make(), (("kernel", mesh.replicated),))
 
 

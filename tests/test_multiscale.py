@@ -43,7 +43,7 @@ class Pixels(nn.Module):
 @pytest.fixture(scope="module")
 def net() -> Any:
     made = task.classification(Pixels(), (8, 8))
-    return made, *made.init(KEY)
+    return made, *made.init(KEY, {})
 
 
 # ---- the loss -----------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def both(request: Any) -> dict[str, tuple[plan.Plan, str, Any]]:
     for name, rules in RULES.items():
         run = planned(request.param, where, 2, rules=rules, how="vmap")
         chunk = run._chunk()
-        compiled = chunk.compiled(mesh.placed(run._state, chunk.where))[1]
+        compiled = chunk.compiled(mesh.placed(run._state, chunk.program.where))[1]
         found[name] = run.compile(), compiled.as_text(), compiled.memory_analysis()
     return found
 
@@ -97,11 +97,7 @@ def test_what_a_chip_holds() -> None:
 
 def test_probes_are_compiled_or_named() -> None:
     p, where = tiny.problem("mlp"), there("cpu:8", 2, 4, 1)
-    probes = [
-        Evaluate(p.task, p.data, 5),
-        AreaUnderMargin(len(p.data), 5),
-        Sharpness(p.task, p.data, 5),
-    ]
+    probes = [Evaluate(5), AreaUnderMargin(len(p.data), 5), Sharpness(5)]
     found = planned("mlp", where, 2, probes=probes).compile()
     names = [program.name for program in found.programs]
     assert names == ["step", "test", "aum", "sharpness"] and not found.unplanned
@@ -113,18 +109,16 @@ def test_a_program_for_every_batch_is_compiled_once(monkeypatch: Any) -> None:
     monkeypatch.setattr(
         jax.stages.Lowered, "compile", lambda *a, **k: count.append(1) or compiled(*a, **k)
     )
-    p = tiny.problem("mlp")
-    test = Evaluate(p.task, p.data, 5, batch_size=10)  # 4 batches
+    test = Evaluate(5, batch_size=10)  # 4 batches
     found = planned("mlp", there("cpu:4", 2, 2, 1), 2, probes=[test]).compile()
     assert len(count) == len(found.programs) == 2
 
 
 def test_scores_are_split_over_the_data_axis() -> None:
     """Four devices of a replica do a quarter of the work each; of an odd batch each does all."""
-    p = tiny.problem("mlp")
 
     def flops(devices: int, size: int) -> float:
-        probe = Evaluate(p.task, p.data, 5, batch_size=size)
+        probe = Evaluate(5, batch_size=size)
         run = planned("mlp", there("cpu:4", 1, devices, 1), 1, probes=[probe])
         return run.compile().programs[1].flops
 

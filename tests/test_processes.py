@@ -71,8 +71,10 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path, alone: dict) -> N
     for name, value in first.items():
         np.testing.assert_array_equal(second[name], value, err_msg=name)
     close(first, alone)
-    rows = first["rows.step"] * 10 + first["rows.replica"]
-    assert len(np.unique(rows[np.isnan(first["rows.test.loss"])])) == STEPS * 4  # each once
+    rows = first["rows.step"] * 10 + first["rows.member"]
+    assert len(np.unique(rows)) == len(rows) == STEPS * 4  # each once
+    tested = first["test.step"] * 10 + first["test.member"]
+    assert len(np.unique(tested)) == len(tested) == (STEPS // EVERY + 1) * 4
 
 
 def test_the_others_end_when_one_is_killed(tmp_path: Path, alone: dict) -> None:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from tiny import losses
 
-from dynamics import fit, mesh
+from dynamics import fit, mesh, population
 from dynamics.data.stream import resident, streamed
 from dynamics.probes import Evaluate
 from dynamics.record import Recorder
@@ -30,11 +31,11 @@ class Shift:
     name: str = "shift"
     broken: Any = staticmethod(lambda own: own)
 
-    def start(self, own: Any, state: TrainState, each: Any) -> Any:
+    def start(self, context: Any, own: Any, state: TrainState) -> Any:
         assert own["labels"].shape == (K, N)
         return np.zeros(K, np.int32)
 
-    def revise(self, carry: Any, own: Any, state: TrainState, each: Any) -> Any:
+    def revise(self, context: Any, carry: Any, own: Any, state: TrainState) -> Any:
         times, labels = carry + 1, (own["labels"] + 1) % C
         metrics = {"times": times.astype(jnp.float32), "labels": labels}
         return times, self.broken({**own, "labels": labels}), metrics
@@ -49,11 +50,11 @@ class Learned:
     every: Any = 5
     name: str = "learned"
 
-    def start(self, own: Any, state: TrainState, each: Any) -> Any:
-        return {"changed": np.zeros(len(state.step), np.int32)}
+    def start(self, context: Any, own: Any, state: TrainState) -> Any:
+        return {"changed": np.zeros(population.size(state), np.int32)}
 
-    def revise(self, carry: Any, own: Any, state: TrainState, each: Any) -> Any:
-        labels = each(self.predict)(state, self.data.x, self.data.mean, self.data.std)
+    def revise(self, context: Any, carry: Any, own: Any, state: TrainState) -> Any:
+        labels = context.each(self.predict)(state, self.data.x, self.data.mean, self.data.std)
         changed = (labels != own["labels"]).sum(axis=1, dtype=jnp.int32)
         carry = {"changed": carry["changed"] + changed}
         return carry, {**own, "labels": labels}, {"changed": changed.astype(jnp.float32)}
@@ -76,13 +77,6 @@ def run(
     return tiny.run(p, where or mesh.make(), K, revision=revision, stream=stream, **options)
 
 
-def losses(results: Results) -> np.ndarray:
-    """f64[steps, K]"""
-    rows = results.rows
-    trained = ~np.isnan(rows["loss"])
-    return rows["loss"][trained].reshape(-1, K)
-
-
 @pytest.fixture(scope="module")
 def p() -> tiny.Problem:
     return tiny.problem("mlp", STEPS)
@@ -99,8 +93,8 @@ def made() -> tuple[tiny.Problem, Results]:
     """Labels that each replica predicts itself, and that change."""
     p = tiny.problem("mlp", STEPS, learning_rate=0.2)
     found = run(p, learned(p))
-    changed = found.rows["learned.changed"]
-    assert (changed[~np.isnan(changed)].reshape(-1, K).sum(axis=0) > 5).all()
+    changed = tiny.by_member(found.measured["learned"], "changed")
+    assert (changed.sum(axis=0) > 5).all()
     return p, found
 
 
@@ -133,7 +127,8 @@ def test_each_revision_starts_from_the_last(p: tiny.Problem) -> None:
     found = run(p, Shift(every=4))
     for times in range(1, 6):
         expected = (GIVEN + times) % C
-        np.testing.assert_array_equal(found.arrays[f"shift.labels@{4 * times}"], expected)
+        labels = found.arrays["shift", "labels"].at(step=4 * times)
+        np.testing.assert_array_equal(labels.values, expected)
 
 
 def test_what_is_trained_on_may_be_revised_too(p: tiny.Problem) -> None:
@@ -142,10 +137,10 @@ def test_what_is_trained_on_may_be_revised_too(p: tiny.Problem) -> None:
     class Drop:
         name, every = "drop", (5,)
 
-        def start(self, own: Any, state: Any, each: Any) -> Any:
+        def start(self, context: Any, own: Any, state: Any) -> Any:
             return ()
 
-        def revise(self, carry: Any, own: Any, state: Any, each: Any) -> Any:
+        def revise(self, context: Any, carry: Any, own: Any, state: Any) -> Any:
             return carry, {**own, "size": own["size"] // 2}, {}
 
     rows = np.stack([np.arange(N), np.arange(N)[::-1]])
@@ -154,7 +149,7 @@ def test_what_is_trained_on_may_be_revised_too(p: tiny.Problem) -> None:
     half = resident(p.data, tiny.BATCH, K, rows=rows, sizes=np.full(K, N // 2))
     onwards = run(p, state=until.state, stream=half)
     np.testing.assert_array_equal(losses(found)[5:], losses(onwards))
-    assert set(found.rows) == {"step", "replica", "loss"}
+    assert set(found.rows.columns) == {"step", "member", "loss"} and not found.measured
 
 
 # ---- when ---------------------------------------------------------------------------------------
@@ -170,21 +165,18 @@ def test_what_is_trained_on_may_be_revised_too(p: tiny.Problem) -> None:
     ],
 )
 def test_cadence(p: tiny.Problem, plain: Results, every: Any, due: list[int]) -> None:
-    found = run(p, Shift(every), probes=[Evaluate(p.task, p.data, 10)])
-    rows = found.rows
+    found = run(p, Shift(every), probes=[Evaluate(10)])
     if not due:
-        assert "shift.times" not in rows
+        assert "shift" not in found.measured and not found.arrays
         np.testing.assert_array_equal(losses(found), losses(plain))
         return
-    here = ~np.isnan(rows["shift.times"])
-    np.testing.assert_array_equal(rows["step"][here], np.repeat(due, K))
-    np.testing.assert_array_equal(rows["replica"][here], np.tile(np.arange(K), len(due)))
-    expected = np.repeat(np.arange(1, len(due) + 1), K)
-    np.testing.assert_array_equal(rows["shift.times"][here], expected)
-    arrays = {f"shift.labels@{step}" for step in due}
-    assert set(found.arrays) == {*arrays, "diverged"}
-    tested = rows["step"][~np.isnan(rows["test.loss"])]
-    np.testing.assert_array_equal(tested, np.repeat([0, 10, 20], K))
+    rows = found.measured["shift"]
+    np.testing.assert_array_equal(rows["step"], np.repeat(due, K))
+    np.testing.assert_array_equal(rows["member"], np.tile(np.arange(K), len(due)))
+    np.testing.assert_array_equal(rows["times"], np.repeat(np.arange(1, len(due) + 1), K))
+    assert set(found.arrays) == {("shift", "labels")}
+    np.testing.assert_array_equal(found.arrays["shift", "labels"].coords["step"], due)
+    np.testing.assert_array_equal(found.measured["test"]["step"], np.repeat([0, 10, 20], K))
 
 
 def test_it_runs_after_the_probes_and_changes_no_state(p: tiny.Problem, plain: Results) -> None:
@@ -193,18 +185,18 @@ def test_it_runs_after_the_probes_and_changes_no_state(p: tiny.Problem, plain: R
 
     @dataclasses.dataclass(frozen=True)
     class Heard(Shift):
-        def revise(self, carry: Any, own: Any, state: TrainState, each: Any) -> Any:
-            heard.append(("revised", int(state.step[0])))
-            return super().revise(carry, own, state, each)
+        def revise(self, context: Any, carry: Any, own: Any, state: TrainState) -> Any:
+            heard.append(("revised", int(state.step)))
+            return super().revise(context, carry, own, state)
 
     class Watching:
         name, every = "watching", 10
 
-        def start(self, state: Any, each: Any) -> Any:
+        def start(self, context: Any, state: Any) -> Any:
             return ()
 
-        def measure(self, carry: Any, state: Any, each: Any) -> Any:
-            heard.append(("measured", int(state.step[0])))
+        def measure(self, context: Any, carry: Any, state: Any) -> Any:
+            heard.append(("measured", int(state.step)))
             return carry, {}
 
     found = run(p, Heard(20), probes=[Watching()])
@@ -218,12 +210,12 @@ def test_it_runs_after_the_probes_and_changes_no_state(p: tiny.Problem, plain: R
 
 def test_a_run_cut_and_continued_has_the_same_bits(p: tiny.Problem, tmp_path: Any) -> None:
     """Cut before any revision, at the end of a step that is followed by one, and between two."""
-    options: Any = {"probes": [Evaluate(p.task, p.data, (5, 20))]}
+    options: Any = {"probes": [Evaluate((5, 20))]}
     whole = run(p, Shift(7), **options)
     for done in (3, 7, 15, STEPS, STEPS):  # and once more, when nothing is left to do
         store = Recorder(tmp_path / "run", ())
         part = run(p._replace(num_steps=done), Shift(7), store=store, checkpoint_every=4, **options)
-        assert part.state is not None and int(part.state.step[0]) == done
+        assert part.state is not None and int(part.state.step) == done
     tiny.assert_equal(whole, part)
 
 
@@ -248,8 +240,7 @@ def test_the_ways_to_run_a_population(
     p, whole = made
     found = run(p, learned(p), where=mesh.make(devices), how=how)
     np.testing.assert_allclose(losses(found), losses(whole), rtol=1e-5, atol=2e-6)
-    found, whole = (r.rows["learned.changed"] for r in (found, whole))
-    np.testing.assert_array_equal(found, whole)
+    tiny.assert_frame(found.measured["learned"], whole.measured["learned"])
 
 
 def test_the_loss_is_traced_as_often_as_without(p: tiny.Problem) -> None:
@@ -297,7 +288,7 @@ def test_refusals_before_compilation(p: tiny.Problem, options: Any, message: str
     if "stream" in options:
         keys = jax.random.split(jax.random.key(0), K)
         stream = streamed(p.data, tiny.BATCH, keys, labels=GIVEN)
-    probes = [Evaluate(p.task, p.data, 5, name="shift")] if "probes" in options else []
+    probes = [Evaluate(5, name="shift")] if "probes" in options else []
     more = {"revision": options.get("revision", Shift()), "probes": probes}
     with pytest.raises(ValueError, match=message):
         fit.fit(untraced, p.optimizer, state, stream, STEPS, mesh.make(), **more)

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from dynamics import models, optim, step, task
-from dynamics.types import INIT, LOSS, NEVER, Aux, Batch, Task
+from dynamics.types import INIT, LOSS, NEVER, OPTIMIZER, Aux, Batch, Task
 
 GENERATOR = np.random.default_rng(0)
 T, B = 6, 8
@@ -79,7 +79,7 @@ def same(a: Any, b: Any) -> None:
 MLP = net(models.MLP(width=4, depth=1))
 NORMED = net(models.Convnet(channels=(2,), norm="batch"))
 DROPOUT = net(models.MLP(width=8, depth=1, dropout=0.5))
-SGD = optim.make(optim.Train(), T)
+SGD = optim.SGD().make(T)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def normed(accumulate: int) -> Run:
 
 def test_the_state_before_the_first_step() -> None:
     state = step.init(MLP, SGD, KEY, SCALARS)
-    params, extras = MLP.init(jax.random.fold_in(KEY, INIT))
+    params, extras = MLP.init(jax.random.fold_in(KEY, INIT), {})
     same(state.params, params)
     assert state.extras == extras == {} and state.hyperparameters == SCALARS
     assert state.hyperparameters is not SCALARS
@@ -115,7 +115,7 @@ def test_gradient_and_update_and_nothing_else(plain: Run) -> None:
         updates, opt_state = SGD.update(g, opt_state, params, hyperparameters=H)
         return optax.apply_updates(params, updates), opt_state, loss, aux
 
-    params = MLP.init(jax.random.fold_in(KEY, INIT))[0]
+    params = MLP.init(jax.random.fold_in(KEY, INIT), {})[0]
     opt_state = SGD.init(params)
     for t in range(T):
         batch = jax.tree.map(lambda x, t=t: x[t], BATCHES)
@@ -163,6 +163,131 @@ def test_extra_arguments_are_offered() -> None:
     np.testing.assert_array_equal(kernel[2:], np.tile(kernel[1], (T - 2, 1, 1)))
 
 
+ADAM = optim.Adam(learning_rate=0.02)
+PLAIN = {
+    "sgd": (SGD, SCALARS),
+    "adam": (ADAM.make(T), jax.tree.map(jnp.float32, ADAM.hyperparameters())),
+    "optax sgd": (optax.sgd(0.1), {}),
+    "optax adam": (optax.adam(0.1), {}),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_nobody_asks_for_costs_nothing(name: str, monkeypatch: Any) -> None:
+    """The same bits and operations as where nothing is offered but what was before."""
+    optimizer, scalars = PLAIN[name]
+    update = optax.with_extra_args_support(optimizer).update
+
+    def bare(grads: Any, opt_state: Any, params: Any, offered: Any) -> Any:
+        few = {name: offered[name] for name in ("hyperparameters", "step")}
+        return update(grads, opt_state, params, **few)
+
+    steps = [step.make(NORMED, optimizer)]
+    monkeypatch.setattr(step, "_asked", lambda update: bare)
+    steps.append(step.make(NORMED, optimizer))
+    state = step.init(NORMED, optimizer, KEY, scalars)
+    batch = jax.tree.map(lambda x: x[0], BATCHES)
+    both = [jax.jit(fn).lower(state, batch).compile() for fn in steps]
+    assert both[0].cost_analysis()["flops"] == both[1].cost_analysis()["flops"]
+    for _ in range(3):
+        found, wanted = (fn(state, batch) for fn in both)
+        same(found, wanted)
+        state = found[0]
+
+
+RULES = {
+    "plateau": optax.chain(optax.sgd(0.05), optax.contrib.reduce_on_plateau(patience=1)),
+    "polyak": optax.polyak_sgd(0.5),
+    "backtracking": optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(6, store_grad=True)
+    ),
+    "zoom": optax.lbfgs(
+        memory_size=3, linesearch=optax.scale_by_zoom_linesearch(max_linesearch_steps=5)
+    ),
+    "momo": optax.contrib.momo(0.5),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_optax_rules_that_ask_train_a_population(name: str) -> None:
+    """Each member as alone, and the loss of a batch that comes again falls."""
+    keys = jax.random.split(KEY, 2)
+    again = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), BATCHES)
+    found = run(MLP, RULES[name], again, key=keys, scalars={"unused": np.ones(2)})
+    loss = np.asarray(found.metrics["loss"])
+    assert (loss[:, -1] < loss[:, 0]).all()
+    np.testing.assert_array_equal(found.state.diverged, NEVER)
+    alone = run(MLP, RULES[name], again, key=keys[1], scalars={"unused": 1.0})
+    np.testing.assert_allclose(loss[1], alone.metrics["loss"], rtol=1e-4)
+
+
+def test_the_value_function_is_the_loss_of_the_step() -> None:
+    """Of the same batch, microbatches, noise and batch statistics."""
+    seen = {}
+
+    def update(updates: Any, state: Any, params: Any, *, value, grad, value_fn, aux, **rest: Any):
+        seen["apart"] = value_fn(params) - value
+        slope = jax.grad(value_fn)(params)
+        seen["slope"] = optax.tree.norm(optax.tree.sub(slope, grad)) / optax.tree.norm(grad)
+        seen["aux"] = aux.loss.mean() - value
+        return updates, {name: seen[name] for name in seen}
+
+    nothing = {"apart": jnp.float32(0), "slope": jnp.float32(0), "aux": jnp.float32(0)}
+    rule = optax.GradientTransformationExtraArgs(lambda params: nothing, update)
+    for made, accumulate in ((DROPOUT, 1), (DROPOUT, 4), (NORMED, 2)):
+        found = run(made, rule, scalars={}, accumulate=accumulate).states.opt_state
+        for name, value in found.items():
+            np.testing.assert_allclose(value, 0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_rule_asks_for_the_gradient_elsewhere_and_of_other_batches(accumulate: int) -> None:
+    """Sharpness-aware: for losses (w x)^2 the gradient at w + r sign(w) is 2 (w + r) E x^2."""
+
+    def update(updates: Any, state: Any, params: Any, *, gradient, batch, **rest: Any) -> Any:
+        ascended = jax.tree.map(lambda w, g: w + 0.5 * jnp.sign(g), params, updates)
+        other = batch.replace(x=2 * batch.x)
+        here, there = gradient(ascended), gradient(params, other)
+        curvature = jax.jvp(gradient, (params,), (optax.tree.ones_like(params),))[1]
+        return jax.tree.map(lambda g: -0.01 * g, here), {"there": there, "product": curvature}
+
+    def init(params: Any) -> Any:
+        return {"there": params, "product": params}
+
+    rule = optax.GradientTransformationExtraArgs(init, update)
+    batch = numbers([[1, 2, 3, 4], [0, 0, 1, 1]])
+    found = run(Scalar.task(), rule, batch, scalars={}, accumulate=accumulate)
+    first = 2 - 0.01 * 2 * 2.5 * 7.5
+    second = first - 0.01 * 2 * (first + 0.5) * 0.5
+    np.testing.assert_allclose(found.states.params["w"], [first, second], rtol=1e-5)
+    asked = found.states.opt_state
+    np.testing.assert_allclose(asked["there"]["w"], [8 * 2 * 7.5, 8 * first * 0.5], rtol=1e-5)
+    np.testing.assert_allclose(asked["product"]["w"], [2 * 7.5, 2 * 0.5], rtol=1e-5)
+
+
+def test_every_member_and_step_has_noise_of_its_own() -> None:
+    def update(updates: Any, state: Any, params: Any = None, *, key: Any) -> Any:
+        return jax.tree.map(lambda w: jax.random.normal(key, w.shape), params), ()
+
+    rule = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    made = optim.by_hyperparameters(lambda h: wide(rule), {"rate": 1.0})
+    for optimizer in (rule, made):
+        batch, keys = numbers([[1.0, 2.0]] * T), jax.random.split(KEY, 3)
+        found = run(Scalar.task(), optimizer, batch, key=keys, scalars={"rate": np.ones(3)})
+        moved = np.diff(np.asarray(found.states.params["w"]), prepend=2.0, axis=1)
+        assert len(np.unique(moved.round(5))) == 3 * T
+        for k, t in ((0, 0), (2, T - 1)):
+            key = jax.random.fold_in(jax.random.fold_in(keys[k], OPTIMIZER), t)
+            np.testing.assert_allclose(moved[k, t], jax.random.normal(key), atol=1e-5)
+
+
+def wide(rule: Any) -> Any:
+    """The same rule, that takes whatever else it is given."""
+    return optax.GradientTransformationExtraArgs(
+        rule.init, lambda u, s, p=None, *, key, **rest: rule.update(u, s, p, key=key)
+    )
+
+
 def test_noise_is_folded_from_the_root_key_and_the_step() -> None:
     update = jit(step.make(DROPOUT, SGD))
     state = step.init(DROPOUT, SGD, KEY, SCALARS)
@@ -192,7 +317,7 @@ def test_microbatches_unrolled_are_the_same() -> None:
 
 def test_batch_statistics_see_one_microbatch_after_the_other() -> None:
     found = jax.tree.map(lambda x: x[0], (normed(4).states.extras, normed(4).aux.logits))
-    params, extras = NORMED.init(jax.random.fold_in(KEY, INIT))
+    params, extras = NORMED.init(jax.random.fold_in(KEY, INIT), {})
     loss, seen = jit(NORMED.loss), []
     for i in range(4):
         micro = jax.tree.map(lambda x, i=i: x[0, 2 * i : 2 * i + 2], BATCHES)
@@ -212,7 +337,7 @@ class Scalar(NamedTuple):
 
     @staticmethod
     def task() -> Task:
-        def init(key: Any) -> Any:
+        def init(key: Any, hyperparameters: Any) -> Any:
             return {"w": jnp.float32(2.0)}, {"seen": jnp.int32(0)}
 
         def aux(w: Any, batch: Batch) -> Aux:
@@ -242,6 +367,129 @@ def test_scalars_of_a_task_become_metrics(accumulate: int) -> None:
     np.testing.assert_allclose(found.metrics["w"], [2, w], rtol=1e-6)
     np.testing.assert_allclose(found.metrics["loss"], [4 * 7.5, w**2 * 0.5], rtol=1e-6)
     np.testing.assert_array_equal(found.states.extras["seen"], [4, 8])
+
+
+# ---- the gradient is an argument ----------------------------------------------------------------
+
+CURVATURE = np.array([1.0, 3.0, 0.5], np.float32)
+
+
+def quadratic() -> Task:
+    """0.5 sum_i c_i w_i^2 E x^2, whose gradient at w is c w E x^2; two leaves."""
+
+    def init(key: Any, hyperparameters: Any) -> Any:
+        return {"a": jnp.array([1.0, -2.0]), "b": jnp.float32(0.5)}, {}
+
+    def loss(params: Any, extras: Any, batch: Batch, key: Any, h: Any) -> Any:
+        w = jnp.append(params["a"], params["b"])
+        value = 0.5 * jnp.sum(CURVATURE * w**2) * batch.x**2
+        aux = Aux(loss=value, logits=value[:, None], y=batch.y, index=batch.index)
+        return value.mean(), (extras, aux)
+
+    return Task(init, loss, lambda p, e, b, h: loss(p, e, b, KEY, h)[1][1])
+
+
+def draws(params: Any, key: Any, count: int) -> Any:
+    """Directions [count, ...] of independent normal numbers."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+    pairs = zip(keys, leaves, strict=True)
+    return structure.unflatten([jax.random.normal(k, (count, *x.shape)) for k, x in pairs])
+
+
+def scaled(weights: Any, directions: Any) -> Any:
+    """The mean of directions, weighted."""
+    return jax.tree.map(lambda v: jnp.tensordot(weights, v, 1) / len(weights), directions)
+
+
+def forward(count: int) -> Any:
+    """Forward gradients: the mean of <g, v> v over normal v, without a backward pass."""
+
+    def transformed(loss: Any) -> Any:
+        def gradient(params: Any, extras: Any, batch: Batch, key: Any, h: Any) -> Any:
+            directions = draws(params, key, count)
+
+            def slope(v: Any) -> Any:
+                of_params = lambda p: loss(p, extras, batch, key, h)  # noqa: E731
+                return jax.jvp(of_params, (params,), (v,), has_aux=True)[1]
+
+            found = loss(params, extras, batch, key, h)
+            return found, scaled(jax.lax.map(slope, directions), directions)
+
+        return gradient
+
+    return transformed
+
+
+def evolution(count: int, sigma: float) -> Any:
+    """Antithetic evolution strategies: the mean of (L(w + s v) - L(w - s v)) / 2 s v."""
+
+    def transformed(loss: Any) -> Any:
+        def gradient(params: Any, extras: Any, batch: Batch, key: Any, h: Any) -> Any:
+            directions = draws(params, key, count)
+
+            def slope(v: Any) -> Any:
+                at = lambda s: jax.tree.map(lambda p, d: p + s * d, params, v)  # noqa: E731
+                ends = [loss(at(s), extras, batch, key, h)[0] for s in (sigma, -sigma)]
+                return (ends[0] - ends[1]) / (2 * sigma)
+
+            found = loss(params, extras, batch, key, h)
+            return found, scaled(jax.lax.map(slope, directions), directions)
+
+        return gradient
+
+    return transformed
+
+
+@pytest.mark.parametrize("gradient", [forward(4), evolution(4, 0.5)], ids=["forward", "evolution"])
+def test_the_gradient_may_be_estimated_along_directions(gradient: Any) -> None:
+    """On a quadratic both are mean_i <c w, v_i> v_i E x^2, whatever the size of the step."""
+    batch = numbers([[1, 2, 3, 4], [0, 0, 1, 1]])
+    rule = optax.sgd(0.01)
+    found = run(quadratic(), rule, batch, scalars={}, gradient=gradient)
+    params = {"a": jnp.array([1.0, -2.0]), "b": jnp.float32(0.5)}
+    for t, square in enumerate((7.5, 0.5)):
+        key = jax.random.fold_in(jax.random.fold_in(KEY, LOSS), t)
+        v = draws(params, key, 4)
+        v = np.concatenate([v["a"], v["b"][:, None]], axis=1)
+        w = np.append(params["a"], params["b"])
+        loss = 0.5 * np.sum(CURVATURE * w**2) * square
+        np.testing.assert_allclose(found.metrics["loss"][t], loss, rtol=1e-5)
+        w = w - 0.01 * np.mean((v @ (CURVATURE * w))[:, None] * v, axis=0) * square
+        params = jax.tree.map(lambda x, t=t: x[t], found.states.params)
+        np.testing.assert_allclose(np.append(params["a"], params["b"]), w, rtol=1e-4)
+
+
+def test_estimated_gradients_are_unbiased() -> None:
+    """Within four standard errors of c w E x^2; variances of <g, v> v_i are |g|^2 + g_i^2."""
+    batch = jax.tree.map(lambda x: x[0], numbers([[1, 2, 3, 4]]))
+    params, count = quadratic().init(KEY, {})[0], 20_000
+    g = CURVATURE * np.array([1.0, -2.0, 0.5]) * 7.5
+    for gradient in (forward(count), evolution(count, 0.1)):
+        found = jax.jit(gradient(quadratic().loss))(params, {}, batch, KEY, {})[1]
+        apart = np.abs(np.append(found["a"], found["b"]) - g)
+        assert (apart <= 4 * np.sqrt((g @ g + g**2) / count)).all()
+
+
+def test_a_gradient_of_moved_parameters_works_with_microbatches() -> None:
+    """Sharpness-aware: of losses (w x)^2 at w + 1 it is 2 (w + 1) E x^2."""
+
+    def ascended(loss: Any) -> Any:
+        plain = step.BACKWARD(loss)
+
+        def gradient(params: Any, *rest: Any) -> Any:
+            found, _ = plain(params, *rest)
+            return found, plain(jax.tree.map(lambda w: w + 1, params), *rest)[1]
+
+        return gradient
+
+    batch = numbers([[1, 2, 3, 4], [0, 0, 1, 1]])
+    for accumulate in (1, 2):
+        options: dict[str, Any] = {"gradient": ascended, "accumulate": accumulate}
+        found = run(Scalar.task(), optax.sgd(0.01), batch, scalars={}, **options)
+        w = 2 - 0.01 * 2 * 3 * 7.5
+        np.testing.assert_allclose(found.states.params["w"][0], w, rtol=1e-6)
+        np.testing.assert_allclose(found.metrics["loss"], [4 * 7.5, w**2 * 0.5], rtol=1e-6)
 
 
 # ---- divergence ---------------------------------------------------------------------------------
@@ -286,20 +534,58 @@ def test_a_diverging_replica_touches_no_other() -> None:
             np.testing.assert_array_equal(x[1, t], x[1, max(first - 1, 0)])
 
 
-def test_an_infinite_gradient_is_seen_at_the_next_loss() -> None:
-    """loss = sqrt(w) at 0: finite, its slope is not."""
+def of_number(loss: Any, start: float) -> Task:
+    """A task of one number whose loss is ``loss(w, x)`` of each x of the batch."""
 
-    def init(key: Any) -> Any:
-        return {"w": jnp.float32(0.0)}, {}
+    def init(key: Any, hyperparameters: Any) -> Any:
+        return {"w": jnp.float32(start)}, {"seen": jnp.int32(0)}
 
-    def loss(params: Any, extras: Any, batch: Batch, key: Any, h: Any) -> Any:
-        value = jnp.sqrt(params["w"]) + 0 * batch.x
+    def whole(params: Any, extras: Any, batch: Batch, key: Any, h: Any) -> Any:
+        value = loss(params["w"], batch.x)
         aux = Aux(loss=value, logits=value[:, None], y=batch.y, index=batch.index)
-        return value.mean(), (extras, aux)
+        return value.mean(), ({"seen": extras["seen"] + 1}, aux)
 
-    root = Task(init, loss, lambda p, e, b, h: loss(p, e, b, KEY, h)[1][1])
-    found = run(root, optax.sgd(0.1), numbers(np.ones((3, 4))), scalars={})
-    np.testing.assert_array_equal(found.states.diverged, [NEVER, 1, 1])
+    return Task(init, whole, lambda p, e, b, h: whole(p, e, b, KEY, h)[1][1])
+
+
+ROOT = of_number(lambda w, x: jnp.sqrt(w) + 0 * x, 0.0)  # finite at 0, its slope is not
+NAN_SLOPE = of_number(lambda w, x: jnp.sqrt(w * w) * x, 0.0)
+LINE = of_number(lambda w, x: w * x, 1.0)
+SIGNS = optax.chain(optax.scale_by_sign(), optax.scale(-0.1))  # makes 1 of infinity
+
+
+@pytest.mark.parametrize(
+    ("made", "optimizer"),
+    [
+        (ROOT, optax.sgd(0.1)),
+        (ROOT, optax.adam(0.1)),
+        (ROOT, SIGNS),
+        (NAN_SLOPE, optax.sgd(0.1)),
+        (LINE, optax.scale(float("nan"))),
+        (LINE, optax.chain(optax.clip_by_global_norm(1e-9), optax.scale(-1e38), optax.scale(1e38))),
+    ],
+    ids=["sgd", "adam", "signs", "nan", "nan update", "update"],
+)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_divergence_is_decided_on_loss_gradient_and_update(
+    made: Task, optimizer: Any, accumulate: int
+) -> None:
+    """Frozen and finite from the first bad step on, also when that is the last."""
+    batches = numbers(np.ones((2, 4)))
+    state = step.init(made, optimizer, KEY, {})
+    found = run(made, optimizer, batches, scalars={}, accumulate=accumulate)
+    assert np.isfinite(found.metrics["loss"]).all()
+    assert (found.states.diverged == 0).all()
+    for name in ("params", "extras", "opt_state"):
+        same(getattr(found.state, name), getattr(state, name))
+
+
+def test_weights_that_overflow_at_the_last_step_are_not_kept() -> None:
+    found = run(LINE, optax.sgd(3e38), numbers(np.ones((2, 4))), scalars={})
+    np.testing.assert_array_equal(found.states.diverged, [NEVER, 1])
+    np.testing.assert_allclose(found.states.params["w"], -3e38)
+    np.testing.assert_array_equal(found.states.extras["seen"], [1, 1])
+    np.testing.assert_array_equal(found.states.step, [1, 2])
 
 
 def test_a_frozen_replica_resumes_nothing() -> None:

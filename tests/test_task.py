@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from references import losses as reference
 
-from dynamics import losses, models, task
+from dynamics import fit, losses, mesh, models, task
 from dynamics.types import Batch, Dataset
 
 GENERATOR = np.random.default_rng(0)
@@ -32,7 +33,7 @@ class Tokens(nn.Module):
 
 def made(net: Any, **options: Any) -> Any:
     found = task.classification(models.make(net, 3), X.shape[1:], **options)
-    return found, *jit(found.init)(KEY)
+    return found, *jit(found.init)(KEY, {})
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +65,28 @@ def test_the_loss_is_the_mean_of_the_examples(name: str) -> None:
 
 def test_the_key_alone_determines_the_start() -> None:
     a, b, c = (
-        jax.tree.leaves(jit(made(models.MLP(width=3))[0].init)(jax.random.key(s))[0])
+        jax.tree.leaves(jit(made(models.MLP(width=3))[0].init)(jax.random.key(s), {})[0])
         for s in (1, 1, 2)
     )
     for x, y, z in zip(a, b, c, strict=True):
         np.testing.assert_array_equal(x, y)
         assert not x.any() or (x != z).any()
+
+
+def test_a_start_may_read_the_hyperparameters_of_its_replica() -> None:
+    plain = task.of_function(lambda params, x: x.reshape(len(x), -1) @ params["w"])
+
+    def init(key: Any, hyperparameters: Any) -> Any:
+        return {"w": hyperparameters["scale"] * jax.random.normal(key, (16, 3))}, {}
+
+    where, scales = mesh.make(), np.array([0.0, 1.0, 3.0])
+    keys = jnp.repeat(KEY[None], 3)
+    state = fit.init(plain._replace(init=init), optax.sgd(0.1), keys, {"scale": scales}, where)
+    w = np.asarray(state.params["w"])
+    assert w[1].any() and not w[0].any()
+    np.testing.assert_allclose(w[2], 3 * w[1], rtol=1e-6)
+    with pytest.raises(ValueError, match="needs init="):
+        plain.init(KEY, {})
 
 
 def test_dropout_is_random_in_training_only() -> None:
@@ -137,7 +154,7 @@ def test_the_loss_of_a_sequence_is_the_mean_over_its_labels() -> None:
     x = GENERATOR.integers(0, 5, (4, 7)).astype(np.int32)
     y = GENERATOR.integers(0, 5, (4, 7)).astype(np.int32)
     net = task.classification(Tokens(), (7,), input_dtype=jnp.int32)
-    params, extras = jit(net.init)(KEY)
+    params, extras = jit(net.init)(KEY, {})
     batch = Batch(x=jnp.asarray(x), y=jnp.asarray(y), index=jnp.arange(4))
     loss, (_, aux) = jit(net.loss)(params, extras, batch, KEY, {})
     table = np.asarray(params["Embed_0"]["embedding"])
@@ -153,11 +170,10 @@ def test_the_loss_of_a_sequence_is_the_mean_over_its_labels() -> None:
 
 def test_of_dataset_reads_the_shape_and_kind_of_the_inputs() -> None:
     nothing, one = np.zeros(0, np.float32), np.ones((1, 1, 1), np.float32)
-    index = np.arange(6, dtype=np.int32)
-    pictures = Dataset(x=X.astype(np.uint8), y=Y, index=index, mean=one, std=one)
-    text = Dataset(x=np.zeros((6, 7), np.uint8), y=Y, index=index, mean=nothing, std=nothing)
+    pictures = Dataset(x=X.astype(np.uint8), y=Y, mean=one, std=one)
+    text = Dataset(x=np.zeros((6, 7), np.uint8), y=Y, mean=nothing, std=nothing)
     shapes = jax.eval_shape(
-        task.of_dataset(models.make(models.MLP(width=3), 3), pictures).init, KEY
+        task.of_dataset(models.make(models.MLP(width=3), 3), pictures).init, KEY, {}
     )
     assert shapes[0]["dense_0"]["kernel"].shape == (16, 3)
-    jax.eval_shape(task.of_dataset(Tokens(), text).init, KEY)  # an Embed refuses floats
+    jax.eval_shape(task.of_dataset(Tokens(), text).init, KEY, {})  # an Embed refuses floats

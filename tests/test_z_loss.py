@@ -9,7 +9,7 @@ import pytest
 import tiny
 from references import transformer as reference
 
-from dynamics import fit, mesh, optim, task
+from dynamics import fit, mesh, task
 from dynamics.types import Batch, Task
 
 KEY = jax.random.key(0)
@@ -67,7 +67,7 @@ def test_its_value_is_the_weighted_mean_of_squares() -> None:
 
 def trained(net: Task, p: tiny.Problem, replicas: int, **scalars: Any) -> Any:
     keys = jnp.repeat(jax.random.split(jax.random.key(0), 1), replicas)
-    state = fit.init(net, p.optimizer, keys, optim.hyperparameters(p.train) | scalars, mesh.make())
+    state = fit.init(net, p.optimizer, keys, p.rule.hyperparameters() | scalars, mesh.make())
     stream = tiny.batches(p, replicas)
     return fit.fit(net, p.optimizer, state, stream, p.num_steps, mesh.make())
 
@@ -78,7 +78,7 @@ def test_0_is_the_inner_task_and_every_replica_has_its_own() -> None:
     found = trained(task.z_loss(p.task), p, 2, z_loss=np.array([0.0, 0.3], np.float32))
     for x, y in zip(tiny.leaves(plain), tiny.leaves(found), strict=True):
         np.testing.assert_allclose(x[0], y[0], rtol=1e-5, atol=2e-6)
-    squares = found.rows["log_z_squared"].reshape(-1, 2)
+    squares = found.rows["log_z_squared"].to_numpy().reshape(-1, 2)
     assert squares[0, 0] == squares[0, 1] and squares[-1, 1] < 0.5 * squares[-1, 0]
 
 

@@ -216,7 +216,7 @@ def test_asymmetry_sees_what_is_not_symmetric() -> None:
 
 
 def tiny_state(made: Any) -> Any:
-    params, extras = jax.jit(made.init)(jax.random.key(0))
+    params, extras = jax.jit(made.init)(jax.random.key(0), {})
     return step.given(params, extras)
 
 

@@ -17,7 +17,7 @@ def test_the_dataset(data):
     assert data.x.dtype == np.float32 and data.y.dtype == np.int32
     assert (data.mean.shape, data.std.shape) == ((1, 1), (1, 1))
     assert (data.mean == 0).all() and (data.std == 1).all()
-    np.testing.assert_array_equal(data.index, np.arange(40))
+    np.testing.assert_array_equal(data.row, np.arange(40))
     for c, intensity in enumerate((0.0, 1.0, -1.0)):
         noise = data.x[data.y == c] - intensity
         assert abs(noise.mean()) < 4 * 0.5 / np.sqrt(noise.size)

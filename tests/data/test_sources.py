@@ -65,13 +65,13 @@ def test_digits(digits, original):
     assert len(digits.train) == 1347 and len(digits.test) == 450
     for part in (digits.train, digits.test):
         assert part.x.dtype == np.uint8 and part.x.shape[1:] == (8, 8)
-        assert part.y.dtype == part.index.dtype == np.int32
+        assert part.y.dtype == part.file_row.dtype == np.int32
         assert part.mean.shape == part.std.shape == (1, 1)
         assert part.mean.dtype == part.std.dtype == np.float32
-        assert (np.diff(part.index) > 0).all()  # the order of the file
-        np.testing.assert_array_equal(part.x.reshape(-1, 64), x[part.index])
-        np.testing.assert_array_equal(part.y, y[part.index])
-    both = np.concatenate([digits.train.index, digits.test.index])
+        assert (np.diff(part.file_row) > 0).all()  # the order of the file
+        np.testing.assert_array_equal(part.x.reshape(-1, 64), x[part.file_row])
+        np.testing.assert_array_equal(part.y, y[part.file_row])
+    both = np.concatenate([digits.train.file_row, digits.test.file_row])
     np.testing.assert_array_equal(np.sort(both), np.arange(1797))
 
 
@@ -100,7 +100,7 @@ def test_a_digest_sees_values_order_shape_and_type(digits):
         data.replace(x=data.x.reshape(-1, 64)),
         data.replace(x=data.x.astype(np.int32)),
         data.replace(y=data.y[::-1]),
-        data.replace(index=data.index + 1),
+        data.replace(file_row=data.file_row + 1),
     ]
     assert len({digest(d) for d in (data, *changed)}) == 5
     assert digest(data.replace(x=np.asfortranarray(data.x))) == digest(data)
@@ -112,11 +112,11 @@ def test_a_digest_sees_values_order_shape_and_type(digits):
 def test_subsets_keep_the_order_and_are_nested(digits):
     small, large = (load(DataConfig(num_train=n, num_test=n // 2)) for n in (100, 300))
     for part, size in (("train", 100), ("test", 50)):
-        a, b, whole = (getattr(s, part).index for s in (small, large, digits))
+        a, b, whole = (getattr(s, part).file_row for s in (small, large, digits))
         assert len(a) == size and (np.diff(a) > 0).all()
         assert set(a) < set(b) < set(whole)
     other = load(DataConfig(num_train=100, split_seed=1))
-    assert set(other.train.index) != set(small.train.index)
+    assert set(other.train.file_row) != set(small.train.file_row)
     same = load(DataConfig(num_train=1347, num_test=450))
     assert digest(same.train) == digest(digits.train)
     assert digest(same.test) == digest(digits.test)
@@ -202,10 +202,10 @@ def test_mnist_is_found(tmp_path, monkeypatch, place, zipped):
     np.testing.assert_array_equal(splits.train.x, images[:6])
     np.testing.assert_array_equal(splits.test.x, images[6:])
     np.testing.assert_array_equal(splits.train.y, labels[:6])
-    assert splits.test.index.tolist() == [0, 1, 2]
+    assert splits.test.file_row.tolist() == [0, 1, 2]
     assert splits.name == "mnist" and splits.num_classes == 10
     subset = load(DataConfig(source="mnist", num_train=3), tmp_path).train
-    np.testing.assert_array_equal(subset.x, images[subset.index])
+    np.testing.assert_array_equal(subset.x, images[subset.file_row])
 
 
 def test_other_spellings(tmp_path):
@@ -246,7 +246,7 @@ def test_cifar10_is_found(tmp_path, above, layout):
         assert splits.train.y.tolist() == train and splits.test.y.tolist() == test
         assert splits.train.x.shape == (10, 32, 32, 3) and splits.num_classes == 10
         assert splits.train.mean.shape == splits.train.std.shape == (1, 1, 3)
-        assert splits.train.index.tolist() == list(range(10))
+        assert splits.train.file_row.tolist() == list(range(10))
         np.testing.assert_array_equal(splits.train.x[2, 0, :, 1], pixels(2, 1)[0, 1024:1056])
 
 
@@ -272,7 +272,7 @@ def test_npz(tmp_path):
     splits = load(DataConfig(source="npz", file=str(path)))  # absolute: no data folder needed
     assert splits.name == "mine" and splits.num_classes == 4
     assert len(splits.train) == 30 and len(splits.test) == 10
-    np.testing.assert_array_equal(splits.test.x, x[splits.test.index].astype(np.float32))
+    np.testing.assert_array_equal(splits.test.x, x[splits.test.file_row].astype(np.float32))
     assert splits.train.mean.shape == (1,)
     npz(tmp_path / "sub.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5] + 2)
     splits = load(DataConfig(source="npz", file="sub.npz", test_fraction=0.0), tmp_path)

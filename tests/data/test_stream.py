@@ -13,7 +13,8 @@ import pytest
 from dynamics.data import stream as streams
 from dynamics.data.augment import crop_and_flip
 from dynamics.data.order import batch_rows
-from dynamics.data.stream import normalise, resident, sampled, stream, streamed, take
+from dynamics.data.rows import normalise, take
+from dynamics.data.stream import resident, sampled, stream, streamed
 from dynamics.types import AUGMENT, Dataset
 
 N, B = 23, 4
@@ -25,15 +26,14 @@ def images() -> Dataset:
     x = GENERATOR.integers(0, 256, (N, 5, 5, 1)).astype(np.uint8)
     y = GENERATOR.integers(0, 10, N).astype(np.int64)
     mean, std = np.float32([[[100.0]]]), np.float32([[[37.0]]])
-    index = np.arange(N, dtype=np.int32) * 2
-    return Dataset(x=x, y=y, index=index, mean=mean, std=std)
+    place = np.arange(N, dtype=np.int32) * 2
+    return Dataset(x=x, y=y, mean=mean, std=std, file_row=place)
 
 
 def tokens() -> Dataset:
     x = GENERATOR.integers(0, 200, (N, 7)).astype(np.uint8)
     nothing = np.zeros(0, np.float32)
-    index = np.arange(N, dtype=np.int32)
-    return Dataset(x=x, y=x[:, ::-1].copy(), index=index, mean=nothing, std=nothing)
+    return Dataset(x=x, y=x[:, ::-1].copy(), mean=nothing, std=nothing)
 
 
 IMAGES, TOKENS = images(), tokens()
@@ -183,8 +183,8 @@ def test_the_host_reads_only_what_a_batch_needs(tmp_path: Any) -> None:
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     fed = next(streamed(IMAGES.replace(x=mapped), B, KEYS).host(2))
     assert fed["x"].shape == (3, B, 5, 5, 1) and fed["x"].dtype == np.uint8
-    np.testing.assert_array_equal(fed["x"], IMAGES.x[fed["rows"]])
-    np.testing.assert_array_equal(fed["y"], IMAGES.y[fed["rows"]])
+    np.testing.assert_array_equal(fed["x"], IMAGES.x[fed["row"]])
+    np.testing.assert_array_equal(fed["y"], IMAGES.y[fed["row"]])
 
 
 @pytest.mark.parametrize("impl", ["rbg"])

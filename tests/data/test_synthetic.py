@@ -21,9 +21,9 @@ def test_every_problem(name):
     make = PROBLEMS[name]
     data, longer, other = make(0, 50), make(0, 80), make(1, 50)
     assert data.x.shape == (50, 5) and data.x.dtype == np.float32 and len(data) == 50
-    assert data.y.dtype == data.index.dtype == np.int32
+    assert data.y.dtype == data.row.dtype == np.int32
     assert set(longer.y) == {0, 1, 2}
-    np.testing.assert_array_equal(data.index, np.arange(50))
+    np.testing.assert_array_equal(data.row, np.arange(50))
     np.testing.assert_array_equal((data.x - data.mean) / data.std, data.x)
     np.testing.assert_array_equal(longer.x[:50], data.x)  # a prefix
     np.testing.assert_array_equal(longer.y[:50], data.y)

@@ -29,9 +29,9 @@ def test_windows_spell_the_text(tmp_path_factory, text, context):
     assert decode(x, vocabulary) == text[: n * context]
     assert decode(y, vocabulary) == text[1 : n * context + 1]
     assert len(text) - 1 - n * context < context  # no whole window is left out
-    assert train.index.tolist() + test.index.tolist() == list(range(n))
+    assert train.file_row.tolist() + test.file_row.tolist() == list(range(n))
     assert vocabulary == bytes(sorted(set(text))) and num_classes == len(vocabulary)
-    assert name == "any" and train.index.dtype == np.int32
+    assert name == "any" and train.file_row.dtype == np.int32
 
 
 def test_tokens_are_marked_as_not_normalised(tmp_path):
@@ -42,7 +42,7 @@ def test_tokens_are_marked_as_not_normalised(tmp_path):
         assert part.std.shape == part.mean.shape == (0,) and part.std.dtype == np.float32
     assert len(splits.train) == 7 and len(splits.test) == 1
     assert splits.test.x.tolist() == [[4, 0]] and splits.test.y.tolist() == [[0, 1]]  # o_, _b
-    assert splits.test.index.tolist() == [7]
+    assert splits.test.file_row.tolist() == [7]
 
 
 def test_pythons_documentation_is_there():

@@ -69,7 +69,7 @@ def test_tokens_pass_as_integers() -> None:
 @pytest.mark.parametrize("labels", [None, LABELS], ids=["shared labels", "own labels"])
 def test_it_trains_as_a_batch_of_all_examples_does(labels: Any) -> None:
     """Up to the order of the sum; two permutations of ``resident`` differ as much."""
-    p = tiny.problem("mlp", num_steps=5, batch_size=N)
+    p = tiny.problem("mlp", num_steps=5)
     one = mesh.make(1)
     found = [
         tiny.run(p, one, K, stream=made)
@@ -77,12 +77,12 @@ def test_it_trains_as_a_batch_of_all_examples_does(labels: Any) -> None:
     ]
     for a, b in zip(*map(tiny.leaves, found), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    first = [run.rows["loss"][run.rows["step"] == 0] for run in found]
+    first = [run.rows.filter(run.rows["step"] == 0)["loss"] for run in found]
     np.testing.assert_allclose(*first, rtol=1e-6)
 
 
 def test_a_replica_trains_as_if_it_were_alone() -> None:
-    p = tiny.problem("mlp", num_steps=5, batch_size=N)
+    p = tiny.problem("mlp", num_steps=5)
     one, keys = mesh.make(1), jax.random.split(jax.random.key(0), K)
 
     def trained(keys: Any, made: Any) -> Any:
@@ -91,7 +91,7 @@ def test_a_replica_trains_as_if_it_were_alone() -> None:
         return tiny.leaves(fit.fit(p.task, p.optimizer, state, made, 5, one))
 
     together = trained(keys, whole(DATA, K, inputs=INPUTS, labels=LABELS))
-    own = Dataset(INPUTS[1], LABELS[1], DATA.index, DATA.mean, DATA.std)
+    own = Dataset(INPUTS[1], LABELS[1], DATA.mean, DATA.std)
     for a, b in zip(together, trained(keys[1:], whole(own, 1)), strict=True):
         np.testing.assert_allclose(a[1:], b, rtol=1e-5, atol=1e-7)
 

@@ -41,7 +41,8 @@ def entries(folder: Path) -> set[str]:
 
 def test_run_sweep_and_draw(tmp_path: Path) -> None:
     runs, cache = str(tmp_path / "runs"), tmp_path / "cache"
-    one = ("experiments", "data_diet", PRESET, *SMALL, *EPOCHS, "--train.learning-rate", "0.05")
+    rate = ("--train.optimizer.learning-rate", "0.05")
+    one = ("experiments", "data_diet", PRESET, *SMALL, *EPOCHS, *rate)
     first = call(*one, "--runs", runs, DYNAMICS_CACHE=str(cache))
     assert first.returncode == 0, first.stderr
     assert "1 run of data_diet" in first.stdout and "retrain: step 10 of 10" in first.stderr
@@ -52,14 +53,14 @@ def test_run_sweep_and_draw(tmp_path: Path) -> None:
     elsewhere = call(*one, "--runs", str(tmp_path / "more"), DYNAMICS_CACHE=str(cache))
     assert elsewhere.returncode == 0 and "retrain: step 10 of 10" in elsewhere.stderr
     assert entries(cache) == compiled  # the second run of anything compiles nothing
-    grid = ("--train.learning-rate", "0.05", "0.1", "--model.width", "128", "16")
+    grid = ("--train.optimizer.learning-rate", "0.05", "0.1", "--model.width", "128", "16")
     swept = call(
         *("experiments", "sweep", "data_diet", PRESET, *SMALL, *EPOCHS_SWEPT, *grid),
         *("--runs", runs),
     )
     assert swept.returncode == 0, swept.stderr
     assert "4 runs of data_diet" in swept.stdout
-    assert swept.stdout.count("train.learning_rate=0.05") == 2
+    assert swept.stdout.count("train.optimizer.learning_rate=0.05") == 2
     assert len(list((tmp_path / "runs" / "data_diet").glob("*/done.json"))) == 4
     drawn = call("paper_figures", "data_diet", "--runs", runs, "--out", str(tmp_path / "out"))
     assert drawn.returncode == 0, drawn.stderr
@@ -75,7 +76,7 @@ def check_export(run: Path, out: Path) -> None:
     done = call("experiments", "export", str(run), *options)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 6
-    arrays = record.read(run).arrays
+    arrays = {name: array.values for name, array in record.read(run).arrays.items()}
     columns = dict(np.load(out / "scores.npz"))
     table = pl.read_parquet(out / "scores.parquet")
     assert table.columns == list(columns)
@@ -114,6 +115,8 @@ def check_export(run: Path, out: Path) -> None:
         (["sweep", "data_diet", PRESET, "0.1"], "expected --field VALUE"),
         (["sweep", "data_diet", "--noise"], "grid: 'noise' has no values"),
         (["sweep", "data_diet", "--train.lr", "1"], "Train has no field 'lr'"),
+        (["sweep", "data_diet", "--train.optimizer.lr", "1"], "SGD has no field 'lr'"),
+        (["data_diet", "--train.optimizer", "adm"], "Train.optimizer must be SGD or Adam, got"),
         (["sweep", "data_diet", "--noise", "high"], "Config.noise must be float, got 'high'"),
     ],
 )
@@ -133,15 +136,17 @@ def test_a_preset_of_something_else_is_refused(tmp_path: Path, capsys: Any) -> N
     assert "must define config = Config(...)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--train.lerning-rate", "--train.learning-rate"])
+@pytest.mark.parametrize(
+    "flag", ["--train.optimizer.lerning-rate", "--train.optimizer.learning-rate"]
+)
 def test_help_and_parse_errors_are_readable(flag: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main(["data_diet", flag, "-1"])
     assert stopped.value.code == 2
     shown = "".join(capsys.readouterr().err.split())
     expected = {
-        "--train.lerning-rate": "Perhapsyoumeant",
-        "--train.learning-rate": "Train.learning_ratemustbe>0",
+        "--train.optimizer.lerning-rate": "Perhapsyoumeant",
+        "--train.optimizer.learning-rate": "SGD.learning_ratemustbe>0",
     }
     assert expected[flag] in shown
 
@@ -150,9 +155,15 @@ def test_help_names_every_value(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         cli.main(["data_diet", "--model", "convnet", "--help"])
     shown = capsys.readouterr().out
+    assert "--train.optimizer {sgd,adam}: which kind" in shown
+    assert "second-moment" not in shown  # of Adam
+    with pytest.raises(SystemExit):
+        cli.main(["data_diet", "--train.optimizer", "adam", "--help"])
+    adam = capsys.readouterr().out
+    assert "--train.optimizer.second-moment" in adam and "nesterov" not in adam
     for text in (
         "--model.channels",
-        "--train.learning-rate",
+        "--train.optimizer.learning-rate",
         "(default: 0.02)",
         "--study.fractions",
     ):

@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from dynamics import config as configs
-from dynamics import record, scores, statistics
+from dynamics import scores, statistics, training
 from dynamics.data import DataConfig
 from dynamics.models import MLP
-from dynamics.optim import Train
-from experiments import data_diet, training
+from dynamics.optim import SGD
+from dynamics.record import Array, Findings
+from dynamics.training import Train
+from experiments import data_diet
 from experiments.data_diet import (
     Config,
     Connectivity,
@@ -24,8 +27,10 @@ from experiments.data_diet import (
     Transfer,
     Velocity,
     Window,
+    landscape,
     scoring,
 )
+from experiments.experiment import Job
 
 METHODS = Pruning().methods
 TINY = Config(
@@ -43,175 +48,195 @@ def data() -> Any:
 
 
 @pytest.fixture(scope="module")
-def table(data: Any) -> record.Table:
+def pruned(data: Any) -> Findings:
     return data_diet.run(TINY, data)
 
 
-def assert_equal(a: record.Table, b: record.Table) -> None:
-    assert a.rows.keys() == b.rows.keys() and a.arrays.keys() == b.arrays.keys()
-    for name in a.rows:
-        np.testing.assert_array_equal(a.rows[name], b.rows[name], err_msg=name)
-    for name in a.arrays:
-        np.testing.assert_array_equal(a.arrays[name], b.arrays[name], err_msg=name)
+def assert_equal(a: Findings, b: Findings) -> None:
+    assert a.frames.keys() == b.frames.keys() and a.arrays.keys() == b.arrays.keys()
+    for name, frame in a.frames.items():
+        assert frame.schema == b.frames[name].schema and frame.equals(b.frames[name]), name
+    for name, array in a.arrays.items():
+        other = b.arrays[name]
+        assert array.dims == other.dims and array.coords.keys() == other.coords.keys()
+        np.testing.assert_array_equal(array.values, other.values, err_msg=name)
+        for dim, labels in array.coords.items():
+            np.testing.assert_array_equal(labels, other.coords[dim], err_msg=f"{name} {dim}")
 
 
-def test_the_table(table: record.Table) -> None:
-    rows, arrays = table
-    subsets = 1 + 2 * len(METHODS)
-    assert all(len(column) == 2 * subsets for column in rows.values())
-    np.testing.assert_array_equal(rows["kept"], np.round(200 * rows["fraction"]))
-    assert set(rows["method"]) == {"full", *METHODS}
-    assert ((rows["test_accuracy"] > 0) & (rows["test_accuracy"] < 1)).all()
+def values_of(findings: Findings) -> dict[str, np.ndarray]:
+    return {name: array.values for name, array in findings.arrays.items()}
+
+
+def test_the_frame(pruned: Findings) -> None:
+    frame, arrays = pruned.frames["pruning"], values_of(pruned)
+    assert len(frame) == 2 * (1 + 2 * len(METHODS))
+    assert frame["kept"].to_list() == (200 * frame["fraction"]).round().to_list()
+    assert set(frame["method"]) == {"full", *METHODS}
+    assert ((frame["test_accuracy"] > 0) & (frame["test_accuracy"] < 1)).all()
+    assert frame["diverged"].null_count() == len(frame)
+    assert pruned.frames["scored"].to_dict(as_series=False) == {
+        "replica": [0, 1], "diverged": [None, None]
+    }  # fmt: skip
+    assert pruned.arrays["el2n"].dims == ("replica", "example")
     assert arrays["el2n"].shape == arrays["grand_init"].shape == (2, 200)
     assert (np.diff(arrays["index"]) > 0).all() and arrays["index"].max() < 1797
     assert not arrays["mislabelled"].any()
 
 
-def test_seeds_are_paired(table: record.Table) -> None:
+def test_seeds_are_paired() -> None:
     """Replica r of every subset starts from the same network in the same order of batches: two
     subsets that are the same set of examples end in the same accuracy."""
-    keys = training.keys([0], 3, scoring.RETRAINING)
-    again = training.keys([0], 2, scoring.RETRAINING)
-    assert (keys[:2] == again).all()  # a replica does not depend on how many there are
-    assert not (training.keys([1], 2, scoring.RETRAINING) == again).any()
+
+    def keys(seed: int, replicas: int) -> Any:
+        members = training.table([{"seed": seed}], lambda _: [{}], replicas)
+        return training.keys(members, scoring.RETRAINING)
+
+    again = keys(0, 2)
+    assert (keys(0, 3)[:2] == again).all()  # a replica does not depend on how many there are
+    assert not (keys(1, 2) == again).any()
     config = dataclasses.replace(
         TINY, study=Pruning(fractions=(0.995,), methods=("random",), replicas=2, epochs=2.0,
                             scored_at=1.0)
     )  # fmt: skip
-    rows = data_diet.run(config, data_diet.load(config)).rows
-    full, nearly = (rows["test_accuracy"][rows["method"] == m] for m in ("full", "random"))
-    assert np.abs(full - nearly).max() < 0.1
+    found = accuracies(data_diet.run(config, data_diet.load(config)).frames["pruning"])
+    assert np.abs(found["full"] - found["random"]).max() < 10
 
 
-def test_subsets(data: Any, table: record.Table) -> None:
-    (arrays,) = scoring.stored(data, None, None, {})([scoring.scoring_part(TINY)])
-    np.testing.assert_array_equal(arrays["el2n@1"], table.arrays["el2n"])
+def test_subsets(data: Any, pruned: Findings) -> None:
+    (bank,) = scoring.banks(Job((TINY,), data))
+    np.testing.assert_array_equal(bank.at("el2n", 1.0), pruned.arrays["el2n"].values)
 
     def chosen(method: str, replica: int = 0, **options: Any) -> np.ndarray:
-        return scoring.chosen(method, arrays, 40, 0, replica, **{"at": 1.0} | options)
+        return scoring.chosen(method, bank, 40, 0, replica, **({"at": 1.0} | options))  # pyright: ignore
 
     hard, easy = chosen("el2n_hard"), chosen("el2n_easy")
-    mean = arrays["el2n@1"].mean(axis=0)
+    mean = bank.at("el2n", 1.0).mean(axis=0)
     assert mean[hard].min() >= np.delete(mean, hard).max()
     assert mean[easy].max() <= np.delete(mean, easy).min()
-    norm = arrays["input_norm"]
+    norm = bank["input_norm"]
     assert norm[chosen("input_norm_hard")].min() >= np.delete(norm, chosen("input_norm_hard")).max()
-    start = arrays["grand@0"].mean(axis=0)
+    start = bank.at("grand", 0.0).mean(axis=0)
     init = chosen("grand_init_hard")
     assert start[init].min() >= np.delete(start, init).max()
-    low = arrays["aum@1"].mean(axis=0)  # a low margin is hard
+    low = bank.at("aum", 1.0).mean(axis=0)  # a low margin is hard
     assert low[chosen("aum_hard")].max() <= np.delete(low, chosen("aum_hard")).min()
     random = [chosen("random", replica) for replica in (0, 0, 1)]
     np.testing.assert_array_equal(random[0], random[1])  # drawn from the seed ...
     assert set(random[0]) != set(random[2])  # ... anew for each paired seed
-    counts = np.bincount(arrays["labels"][chosen("el2n_hard", balanced=True)], minlength=10)
-    np.testing.assert_array_equal(counts, scores.quotas(arrays["labels"], 40, 0))
+    counts = np.bincount(bank["labels"][chosen("el2n_hard", balanced=True)], minlength=10)
+    np.testing.assert_array_equal(counts, scores.quotas(bank["labels"], 40, 0))
     assert all(len(set(rows)) == 40 for rows in (hard, easy, *random, chosen("coverage")))
 
 
 def test_means_over_runs_leave_out_what_diverged_and_know_what_was_never_learned() -> None:
     never, unseen = np.inf, np.nan
-    arrays = {
-        "forgetting@1": np.array([[0, never, unseen, unseen], [2, 1, 3, unseen], [9, 9, 9, 9]]),
-        "diverged": np.array([np.inf, np.inf, 7.0]),
-    }
-    np.testing.assert_array_equal(scoring.mean(arrays, "forgetting@1"), [1, never, 3, never])
-    arrays["diverged"] = np.array([1.0, 2.0, 7.0])
-    np.testing.assert_array_equal(scoring.mean(arrays, "forgetting@1"), np.zeros(4))
+    events = np.array([[[0, never, unseen, unseen], [2, 1, 3, unseen], [9, 9, 9, 9]]])
+    dims = ("epoch", "replica", "example")
+    arrays = {"forgetting": Array(events, dims, {"epoch": np.array([1.0])})}
+    runs = pl.DataFrame({"replica": [0, 1, 2], "diverged": [None, None, 7]})
+    bank = scoring.Bank(arrays, runs)
+    np.testing.assert_array_equal(bank.mean("forgetting", 1.0), [1, never, 3, never])
+    bank = dataclasses.replace(bank, runs=runs.with_columns(diverged=pl.Series([1, 2, 7])))
+    np.testing.assert_array_equal(bank.mean("forgetting", 1.0), np.zeros(4))
 
 
 def test_a_store_changes_nothing_and_a_second_call_computes_nothing(
-    data: Any, table: record.Table, tmp_path: Path, monkeypatch: Any
+    data: Any, pruned: Findings, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    assert_equal(table, data_diet.run(TINY, data, store=tmp_path))
+    assert_equal(pruned, data_diet.run(TINY, data, store=tmp_path))
     monkeypatch.setattr(training, "train", None)
-    assert_equal(table, data_diet.run(TINY, data, store=tmp_path))
+    assert_equal(pruned, data_diet.run(TINY, data, store=tmp_path))
     # another study of the same scores trains nothing either
     ranked = data_diet.run(
         dataclasses.replace(TINY, study=Ranking(scored_at=1.0)), data, store=tmp_path
     )
-    np.testing.assert_array_equal(ranked.arrays["el2n@1"], table.arrays["el2n"])
+    np.testing.assert_array_equal(
+        ranked.arrays["el2n"].at(epoch=1.0).values, pruned.arrays["el2n"].values
+    )
 
 
 def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
-    data: Any, table: record.Table, tmp_path: Path, monkeypatch: Any
+    data: Any, pruned: Findings, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    points = configs.grid(TINY, {"train.learning_rate": [0.02, 0.1], "noise": [0.0, 0.3]})
+    points = configs.grid(TINY, {"train.optimizer.learning_rate": [0.02, 0.1], "noise": [0.0, 0.3]})
     assert [len(group) for group in configs.group(points)] == [4]
     data_diet.run(points[0], data, store=tmp_path)
     calls = []
     train = training.train
     monkeypatch.setattr(
-        training, "train", lambda points, *a, **k: calls.append(points) or train(points, *a, **k)
+        training, "train", lambda members, *a, **k: calls.append(members) or train(members, *a, **k)
     )
-    tables = data_diet.sweep(points, data, store=tmp_path)
-    assert [len(points) for points in calls] == [3, 3]  # the point on disk is skipped
+    found = data_diet.sweep(points, data, store=tmp_path)
+    assert [members["point"].n_unique() for members in calls] == [3, 3]  # one is on the disk
     assert {p.parent.name for p in tmp_path.glob("data_diet/*/done.json")} == {
         configs.fingerprint(point) for point in points
     }
+    first, last, whole = values_of(found[0]), values_of(found[3]), values_of(pruned)
     for name in ("el2n", "grand"):
-        np.testing.assert_allclose(tables[0].arrays[name], table.arrays[name], rtol=2e-4, atol=1e-6)
-    alone = data_diet.run(points[3], data)
-    np.testing.assert_allclose(tables[3].arrays["el2n"], alone.arrays["el2n"], rtol=2e-4, atol=1e-6)
-    np.testing.assert_array_equal(tables[3].arrays["labels"], alone.arrays["labels"])
-    assert tables[3].arrays["mislabelled"].sum() == 60
-    assert np.abs(tables[3].arrays["el2n"] - tables[0].arrays["el2n"]).max() > 0.1
+        np.testing.assert_allclose(first[name], whole[name], rtol=2e-4, atol=1e-6)
+    alone = values_of(data_diet.run(points[3], data))
+    np.testing.assert_allclose(last["el2n"], alone["el2n"], rtol=2e-4, atol=1e-6)
+    np.testing.assert_array_equal(last["labels"], alone["labels"])
+    assert last["mislabelled"].sum() == 60
+    assert np.abs(last["el2n"] - first["el2n"]).max() > 0.1
 
 
-def accuracies(table: record.Table, column: str = "method") -> dict[Any, np.ndarray]:
+def accuracies(frame: pl.DataFrame, column: str = "method") -> dict[Any, np.ndarray]:
     """Points of test accuracy for each value of a column, by replica."""
-    rows = table.rows
-    return {v: 100 * rows["test_accuracy"][rows[column] == v] for v in np.unique(rows[column])}
+    groups = frame.sort("replica").group_by(column, maintain_order=True)
+    return {value: 100 * rows["test_accuracy"].to_numpy() for (value,), rows in groups}
 
 
 def test_the_claims_on_digits() -> None:
     """Clean labels: hard beats random beats easy, and GraNd at init is the input norm (5.3)."""
     study = Pruning(fractions=(0.3,), replicas=5)
     config = Config(score=Scoring(epochs=(0.0, 5.0), replicas=20), study=study, seed=11)
-    table = data_diet.run(config, data_diet.load(config))
-    accuracy = accuracies(table)
+    found = data_diet.run(config, data_diet.load(config))
+    accuracy, arrays = accuracies(found.frames["pruning"]), values_of(found)
     assert (accuracy["el2n_hard"] - accuracy["random"]).mean() >= 0.5
     assert (accuracy["grand_hard"] - accuracy["random"]).mean() >= 0.5
     assert (accuracy["el2n_easy"] - accuracy["random"]).mean() <= -5
     assert (accuracy["grand_init_hard"] - accuracy["random"]).mean() <= 0
     assert (accuracy["input_norm_hard"] - accuracy["random"]).mean() <= 0
-    assert (table.rows["rarest"][table.rows["method"] == "el2n_easy"] == 0).all()
-    start = table.arrays["grand_init"].mean(axis=0)
-    assert statistics.spearman(start, table.arrays["input_norm"]) >= 0.75  # S2
+    easy = found.frames["pruning"].filter(pl.col("method") == "el2n_easy")
+    assert (easy["rarest"] == 0).all()
+    start = arrays["grand_init"].mean(axis=0)
+    assert statistics.spearman(start, arrays["input_norm"]) >= 0.75  # S2
 
 
 def test_noisy_labels_turn_keeping_the_hardest_into_a_catastrophe() -> None:
     """20 % wrong labels, 30 % kept (5.3): hard - random <= -30; without the top 25 % >= +4."""
     study = Window(kept=0.3, dropped=(0.0, 0.25), replicas=5)
     config = Config(score=Scoring(epochs=(5.0,), replicas=8), study=study, noise=0.2)
-    table = data_diet.run(config, data_diet.load(config))
-    rows = table.rows
-    random = 100 * rows["test_accuracy"][rows["method"] == "random"]
-    hard, window = (100 * rows["test_accuracy"][rows["dropped"] == d] for d in (0.0, 0.25))
-    assert (hard - random).mean() <= -30
-    assert (window - random).mean() >= 4
-    assert (rows["offset"][rows["dropped"] == 0.25] == 1347 - 404 - 337).all()
+    frame = data_diet.run(config, data_diet.load(config)).frames["window"]
+    random = accuracies(frame)["random"]
+    dropped = accuracies(frame.filter(pl.col("method") == "window"), "dropped")
+    assert (dropped[0.0] - random).mean() <= -30
+    assert (dropped[0.25] - random).mean() >= 4
+    assert set(frame.filter(pl.col("dropped") == 0.25)["offset"]) == {1347 - 404 - 337}
 
 
 def test_barriers_on_digits() -> None:
     """5.4: children of one initialisation, 20 % wrong labels; children that share nothing."""
     config = Config(
         model=MLP(width=128, depth=1),
-        train=Train(learning_rate=0.05, batch_size=32),
+        train=Train(optimizer=SGD(learning_rate=0.05), batch_size=32),
         score=Scoring(epochs=(5.0,), replicas=8),
         study=Connectivity(spawn=(0.0,), epochs=40.0, replicas=8),
     )
     points = configs.grid(config, {"noise": [0.0, 0.2]})
-    clean, noisy = (t.rows for t in data_diet.sweep(points, data_diet.load(config)))
+    found = data_diet.sweep(points, data_diet.load(config))
+    clean, noisy = (one.frames["connectivity"] for one in found)
 
-    def barrier(rows: Any, subset: str, spawn: float) -> np.ndarray:
-        here = (rows["subset"] == subset) & np.isclose(rows["spawn"], spawn, equal_nan=True)
-        assert here.sum() == 8
-        return rows["error_barrier"][here]
+    def barrier(frame: pl.DataFrame, subset: str, spawn: float | None) -> np.ndarray:
+        here = frame.filter(pl.col("subset") == subset, pl.col("spawn").eq_missing(pl.lit(spawn)))
+        assert len(here) == 8
+        return here["error_barrier"].to_numpy()
 
     high, low = (barrier(noisy, subset, 0.0) for subset in ("high", "low"))
     assert high.mean() >= 0.04 and low.mean() <= 0.005 and (high > low).all()
-    high, low = (barrier(clean, subset, np.nan) for subset in ("high", "low"))
+    high, low = (barrier(clean, subset, None) for subset in ("high", "low"))
     assert (high - low).mean() >= 0.1
 
 
@@ -253,9 +278,8 @@ def test_every_study_is_the_same_from_a_store_and_when_it_is_cut(
         score=Scoring(epochs=(0.0, 1.0), replicas=2, also=("vog", "pvi")),
     )
     whole = data_diet.run(config, data)
-    assert len({len(column) for column in whole.rows.values()}) == 1
-    assert set(whole.rows["stage"]) == {type(study).__name__.lower()}
-    assert whole.arrays["mislabelled"].sum() == 40
+    assert set(whole.frames) == {type(study).__name__.lower(), "scored"}
+    assert whole.arrays["mislabelled"].values.sum() == 40
     train, trained = training.train, []
 
     class Cut(Exception):
@@ -263,7 +287,7 @@ def test_every_study_is_the_same_from_a_store_and_when_it_is_cut(
 
     def cut(*args: Any, **options: Any) -> Any:
         results = train(*args, **options)
-        place = options.get("recorder", args[6] if len(args) > 6 else None).path
+        place = options["store"].path
         if place not in trained:
             trained.append(place)
             raise Cut
@@ -285,21 +309,23 @@ def test_the_bank_of_scores(data: Any) -> None:
     config = dataclasses.replace(
         TINY, score=score, study=Ranking(scored_at=2.0, shown=2), noise=0.1
     )
-    arrays = data_diet.run(config, data).arrays
-    rest = {
-        f"{s}@{e}" for s in ("el2n", "grand", "loss", "entropy", "logit_margin") for e in (0, 1, 2)
-    }
-    kinds = ("forgetting", "aum", "confidence", "variability", "vog", "pvi")
-    stream = {f"{s}@{e}" for s in kinds for e in (1, 2)}
-    assert rest | stream <= arrays.keys()
-    assert all(arrays[name].shape == (2, 200) for name in rest | stream | {"tracin"})
-    squares = sum(np.float64(arrays[f"grand@{e}"]) ** 2 for e in (1, 2))
+    found = data_diet.run(config, data)
+    for kind in ("el2n", "grand", "loss", "entropy", "logit_margin"):
+        assert found.arrays[kind].dims == ("epoch", "replica", "example")
+        assert found.arrays[kind].coords["epoch"].tolist() == [0.0, 1.0, 2.0]
+        assert found.arrays[kind].values.shape == (3, 2, 200)
+    for kind in ("forgetting", "aum", "confidence", "variability", "vog", "pvi"):
+        assert found.arrays[kind].dims == ("epoch", "replica", "example")
+        assert found.arrays[kind].coords["epoch"].tolist() == [1.0, 2.0]
+        assert found.arrays[kind].values.shape == (2, 2, 200)
+    arrays = values_of(found)
+    squares = (arrays["grand"][1:].astype(np.float64) ** 2).sum(axis=0)
     np.testing.assert_allclose(arrays["tracin"], 0.02 * squares, rtol=1e-5)
     prior = np.log2(np.bincount(arrays["labels"]) / 200)[arrays["labels"]]
-    assert arrays["pvi@2"].mean() <= -prior.mean()  # E13: at most the labels' entropy
+    assert arrays["pvi"][-1].mean() <= -prior.mean()  # E13: at most the labels' entropy
     hardest, easiest = arrays["shown"]
     assert (arrays["labels"][hardest] == np.arange(10)[:, None]).all()
-    mean = arrays["el2n@2"].mean(axis=0)
+    mean = found.arrays["el2n"].at(epoch=2.0).values.mean(axis=0)
     assert (mean[hardest].min(axis=1) >= mean[easiest].max(axis=1)).all()
     np.testing.assert_array_equal(arrays["shown_images"], data.train.x[arrays["shown"]])
     assert (arrays["labels"] != arrays["clean"])[arrays["mislabelled"]].all()
@@ -358,15 +384,15 @@ def test_the_mesh_is_checked_for_what_a_study_trains(
     trained = []
     train = training.train
 
-    def counted(settings: Any, roots: Any, *args: Any, **options: Any) -> Any:
-        trained.append(len(roots))
-        return train(settings, roots, *args, **options)
+    def counted(members: Any, *args: Any, **options: Any) -> Any:
+        trained.append(len(members))
+        return train(members, *args, **options)
 
     monkeypatch.setattr(training, "train", counted)
     data_diet.run(config, data)
-    assert max(trained[1:]) % data_diet._members(config) == 0
+    assert max(trained[1:]) % data_diet.members_of(config) == 0
     if not isinstance(config.study, Connectivity):  # whose children are two
-        assert max(trained[1:]) == data_diet._members(config)
+        assert max(trained[1:]) == data_diet.members_of(config)
 
 
 @pytest.mark.parametrize("fractions", [(), (0.2, 0.2), (1.0,), (0.0,)])
@@ -376,9 +402,30 @@ def test_impossible_fractions_are_refused(fractions: Any) -> None:
 
 
 def test_a_diverging_point_of_a_sweep_spoils_no_other(data: Any) -> None:
-    points = configs.grid(TINY, {"train.learning_rate": [0.02, 1e30]})
+    points = configs.grid(TINY, {"train.optimizer.learning_rate": [0.02, 1e30]})
     fine, broken = data_diet.sweep(points, data)
-    assert np.isfinite(fine.rows["test_accuracy"]).all()
-    assert np.isinf(fine.arrays["diverged"]).all()
-    assert np.isfinite(broken.arrays["diverged"]).all()
-    assert np.isnan(broken.rows["test_accuracy"]).all()
+    assert fine.frames["pruning"]["test_accuracy"].is_finite().all()
+    assert fine.frames["scored"]["diverged"].null_count() == 2
+    assert broken.frames["scored"]["diverged"].null_count() == 0
+    lost = broken.frames["pruning"]
+    assert lost["test_accuracy"].null_count() == lost["test_loss"].null_count() == len(lost)
+    assert lost["diverged"].null_count() == 0 and lost["kept"].null_count() == 0
+
+
+def test_children_that_diverged_have_no_barrier() -> None:
+    """Of two pairs the second lost its second child at step 3."""
+    members = pl.DataFrame(
+        {
+            "member": range(4), "point": 0, "replica": [0, 1, 0, 1], "child": [0, 0, 1, 1],
+            "diverged": [None, None, None, 3],
+        }
+    )  # fmt: skip
+    dims = ("step", "member", "place", "example")
+    paths = {("path", m): Array(np.ones((1, 4, 2, 6)), dims) for m in ("accuracy", "loss")}
+    trained = training.Trained(members, members, {}, paths, None)
+    study = Connectivity(points=3)
+    chosen = [{"high": np.array([4, 7])}]
+    frame = landscape._barriers(trained, study, chosen, np.arange(3, 9), None)
+    assert frame["diverged"].to_list() == [None, 3]
+    assert frame["error_barrier"].to_list() == [0.0, None]
+    assert frame["end_error"].to_list() == [0.0, None]

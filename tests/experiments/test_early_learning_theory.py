@@ -10,15 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from references.early_learning import descend
 
 from dynamics import config as configs
 from dynamics import losses, mesh, record
 from dynamics.data import synthetic
+from dynamics.record import Findings
 from dynamics.types import INIT
 from experiments import early_learning_theory as theory
 from experiments.early_learning_theory import Basin, Config, Distillation, Phases, basin, phases
+from experiments.stability_theory import population
 
 ROOT = Path(__file__).parents[2]
 LAST = -1
@@ -27,29 +31,28 @@ TINY = Phases(
 )  # fmt: skip
 
 
-def of(table: record.Table, name: str, elr_lambda: float, dim: int = 380) -> np.ndarray:
+def of(found: Findings, name: str, elr_lambda: float, dim: int = 380) -> np.ndarray:
     """f64[replicas, steps] of a column."""
-    rows = table.rows
-    chosen = (rows["elr_lambda"] == elr_lambda) & (rows["dim"] == dim)
-    replicas = len(np.unique(rows["replica"][chosen]))
-    return rows[name][chosen].reshape(-1, replicas).T
+    rows = found.frames["phases"].filter(pl.col("elr_lambda") == elr_lambda, pl.col("dim") == dim)
+    parts = rows.sort("replica", "step").partition_by("replica")
+    return np.stack([part[name].to_numpy() for part in parts])
 
 
 # ---- phases -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def short() -> record.Table:
+def short() -> Findings:
     """3000 steps."""
     study = Phases(lambdas=(0.0, 1.0, 3.0), steps=3000, replicas=5, control=100)
-    return theory.run(Config(study=study), mesh=mesh.make(1))
+    return theory.run(Config(study=study), None, mesh.make(1))
 
 
 @pytest.fixture(scope="module")
-def long() -> record.Table:
+def long() -> Findings:
     """40 000 steps."""
     study = Phases(lambdas=(0.0, 1.0, 3.0), steps=40_000, replicas=2, control=100)
-    return theory.run(Config(study=study), mesh=mesh.make(1))
+    return theory.run(Config(study=study), None, mesh.make(1))
 
 
 def test_wrong_labels_are_first_corrected_and_then_memorised(short: Any) -> None:  # A4
@@ -112,18 +115,18 @@ def test_in_few_dimensions_not_all_wrong_labels_can_be_fitted(long: Any) -> None
 
 
 @pytest.fixture(scope="module")
-def tiny() -> record.Table:
-    return theory.run(Config(study=TINY), mesh=mesh.make(1))
+def tiny() -> Findings:
+    return theory.run(Config(study=TINY), None, mesh.make(1))
 
 
 @pytest.mark.parametrize("held", [0.0, 3.0])
 def test_a_run_is_gradient_descent(tiny: Any, held: float) -> None:
     """Against the update written out, of an early-learning run and of cross-entropy."""
-    drawn = phases._draw(TINY, 20, 0, 1)
+    drawn = phases._draw(20, TINY, population.own_seed(0, 1))
     root = jax.random.fold_in(jax.random.key(0), 1)
-    theta, _ = phases.logistic(20).init(jax.random.fold_in(root, INIT))
+    theta, _ = phases.logistic(20).init(jax.random.fold_in(root, INIT), {})
     eps = 2.0 * drawn.noisy - 1
-    steps = np.unique(tiny.rows["step"]).astype(int)
+    steps = np.unique(tiny.frames["phases"]["step"])
     wanted = descend(theta, drawn.x, eps, TINY.steps, TINY.learning_rate, held, TINY.beta)
     wrong = drawn.noisy != drawn.clean
     for i, t in enumerate(steps):
@@ -144,7 +147,7 @@ def test_points_and_replicas_do_not_depend_on_one_another(tiny: Any) -> None:
     one = dataclasses.replace(TINY, replicas=1)
     points = configs.grid(Config(study=one), {"study.flip": [0.2, 0.4], "seed": [1, 0]})
     assert len(configs.group(points)) == 1
-    found = theory.sweep(points, mesh=mesh.make(1))[3]
+    found = theory.sweep(points, None, mesh.make(1))[3]
     for name in ("cosine", "norm", "memorised", "test", "wrong", "bound"):
         for held, dim in ((0.0, 20), (3.0, 20), (0.0, 8)):
             a, b = of(found, name, held, dim), of(tiny, name, held, dim)[:1]
@@ -155,14 +158,13 @@ def test_a_stored_run_is_the_same_and_not_computed_again(
     tiny: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     config = Config(study=TINY)
-    first = theory.run(config, mesh=mesh.make(1), store=tmp_path)
+    first = theory.run(config, None, mesh.make(1), store=tmp_path)
     stored = record.read(tmp_path / "early_learning_theory" / configs.fingerprint(config))
     assert stored.done
-    monkeypatch.setattr(theory, "STUDIES", {Phases: None})  # nothing can be computed
-    second = theory.run(config, mesh=mesh.make(1), store=tmp_path)
-    for name, values in tiny.rows.items():
-        np.testing.assert_array_equal(first.rows[name], values, err_msg=name)
-        np.testing.assert_array_equal(second.rows[name], values, err_msg=name)
+    monkeypatch.setattr(phases, "measure", None)  # nothing can be computed
+    second = theory.run(config, None, mesh.make(1), store=tmp_path)
+    for found in (first, second):
+        assert_frame_equal(found.frames["phases"], tiny.frames["phases"], check_exact=True)
 
 
 # ---- the bound ----------------------------------------------------------------------------------
@@ -214,39 +216,47 @@ def test_bad_sizes(wrong: tuple) -> None:
 
 
 @pytest.fixture(scope="module")
-def basins() -> record.Table:
-    return theory.run(Config(study=Basin(lambdas=(1.0, 1.9, 2.1, 3.0, 5.0, 7.0))))
+def basins() -> Findings:
+    return theory.run(Config(study=Basin(lambdas=(1.0, 1.9, 2.1, 3.0, 5.0, 7.0))), None)
+
+
+def threshold(basins: Findings, case: str, elr_lambda: float) -> tuple[float, float]:
+    """Measured and predicted."""
+    rows = basins.frames["basin"].filter(pl.col("case") == case, pl.col("elr_lambda") == elr_lambda)
+    return rows.select("measured", "predicted").row(0)
 
 
 @pytest.mark.parametrize("case", ["two classes", "many classes"])
 def test_the_basin_begins_where_the_formula_says(basins: Any, case: str) -> None:  # A3
-    rows = basins.rows
     for elr_lambda, wanted in ((3.0, 0.75), (5.0, 0.625), (7.0, 0.5833)):
-        chosen = (rows["case"] == case) & (rows["elr_lambda"] == elr_lambda)
-        assert abs(rows["measured"][chosen].item() - wanted) <= 0.005
-        np.testing.assert_allclose(rows["predicted"][chosen], wanted, atol=1e-4)
+        measured, predicted = threshold(basins, case, elr_lambda)
+        assert abs(measured - wanted) <= 0.005
+        np.testing.assert_allclose(predicted, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["two classes", "many classes"])
 def test_below_two_there_is_no_basin(basins: Any, case: str) -> None:  # A3
-    true = basins.arrays[f"true_{case.replace(' ', '_')}"]
-    start = np.argmin(abs(basins.arrays["starts"] - 0.99))
-    ends = dict(zip(basins.arrays["lambdas"], true[:, start, LAST], strict=True))
-    assert ends[1.0] < 0.1 and ends[1.9] < 0.1 and ends[2.1] > 0.9
+    true = basins.arrays["true"].at(case=case, step=4000)
+    starts = true.coords["start"]
+    true = true.at(start=starts[np.argmin(abs(starts - 0.99))])
+    assert true.dims == ("elr_lambda",)
+    assert true.at(elr_lambda=1.0).values < 0.1 and true.at(elr_lambda=1.9).values < 0.1
+    assert true.at(elr_lambda=2.1).values > 0.9
 
 
 def test_the_formula_asks_for_the_rest_to_be_at_the_label(basins: Any) -> None:
     """Spread over nine classes the basin is another: measured .731, .460 and .363."""
-    rows = basins.rows
     for elr_lambda, wanted in ((3.0, 0.731), (5.0, 0.460), (7.0, 0.363)):
-        chosen = (rows["case"] == "spread") & (rows["elr_lambda"] == elr_lambda)
-        assert abs(rows["measured"][chosen].item() - wanted) <= 0.005
+        assert abs(threshold(basins, "spread", elr_lambda)[0] - wanted) <= 0.005
 
 
 def test_starts_are_as_asked(basins: Any) -> None:
-    for case in ("two_classes", "many_classes", "spread"):
-        true, starts = basins.arrays[f"true_{case}"], basins.arrays["starts"]
-        np.testing.assert_allclose(true[:, :, 0], np.broadcast_to(starts, true.shape[:2]), 1e-4)
+    for case in ("two classes", "many classes", "spread"):
+        true = basins.arrays["true"].at(case=case, step=0)
+        assert true.dims == ("elr_lambda", "start") and true.values.shape == (6, 200)
+        np.testing.assert_allclose(
+            true.values, np.broadcast_to(true.coords["start"], true.values.shape), 1e-4
+        )
 
 
 @pytest.mark.parametrize("elr_lambda", [2.5, 3.0, 5.0, 10.0])
@@ -290,15 +300,17 @@ def test_the_place_between(held: tuple, wanted: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def distilled() -> record.Table:
-    return theory.run(Config(study=Distillation()))
+def distilled() -> Findings:
+    return theory.run(Config(study=Distillation()), None)
 
 
-def lost(table: record.Table, method: str, step: float, alpha: float | None = None) -> np.ndarray:
+def lost(found: Findings, method: str, step: int | None, alpha: float | None = None) -> np.ndarray:
     """By replica."""
-    rows = table.rows
-    chosen = (rows["method"] == method) & (rows["step"] == step)
-    return rows["loss"][chosen & ((alpha is None) | (rows["alpha"] == alpha))]
+    rows = found.frames["distillation"].filter(
+        pl.col("method") == method, pl.col("step").eq_missing(step)
+    )
+    rows = rows if alpha is None else rows.filter(pl.col("alpha") == alpha)
+    return rows.sort("replica")["loss"].to_numpy()
 
 
 def test_ground_truth_dampens_the_regularization(distilled: Any) -> None:  # A10
@@ -307,14 +319,14 @@ def test_ground_truth_dampens_the_regularization(distilled: Any) -> None:  # A10
     assert last.mean() > first.mean() + 0.03  # ... and then fits nothing
     some = lost(distilled, "fixed", 10, 0.35)
     assert some.mean() < first.mean() - 0.01
-    np.testing.assert_allclose(some, lost(distilled, "limit", np.inf, 0.35), rtol=0.02, atol=1e-3)
+    np.testing.assert_allclose(some, lost(distilled, "limit", None, 0.35), rtol=0.02, atol=1e-3)
     truth = np.sin(2 * np.pi * np.linspace(0, 1, 101))
-    np.testing.assert_allclose(lost(distilled, "limit", np.inf, 0.0), (truth**2).mean(), rtol=1e-6)
+    np.testing.assert_allclose(lost(distilled, "limit", None, 0.0), (truth**2).mean(), rtol=1e-6)
 
 
 def test_ground_truth_alone_changes_nothing(distilled: Any) -> None:
-    for step in (2, 10, np.inf):
-        method = "fixed" if step < np.inf else "limit"
+    for step in (2, 10, None):
+        method = "fixed" if step else "limit"
         same = lost(distilled, method, step, 1.0)
         np.testing.assert_allclose(same, lost(distilled, "fixed", 1, 1.0), rtol=1e-4)
 
@@ -323,14 +335,15 @@ def test_the_weight_from_held_out_examples_needs_no_grid(distilled: Any) -> None
     best = lost(distilled, "best", 10)
     for alpha in Distillation().alphas:
         assert best.mean() < lost(distilled, "fixed", 10, alpha).mean()
-    rows = distilled.rows
-    weights, own = (rows[n][(rows["method"] == "best") & (rows["step"] == 2)] for n in
-                    ("alpha", "training"))  # fmt: skip
+    rows = distilled.frames["distillation"].filter(pl.col("method") == "best")
+    weights, own = (rows.filter(pl.col("step") == 2)[n].to_numpy() for n in ("alpha", "training"))
+    assert rows.filter(pl.col("step") == 1)["alpha"].is_null().all()
     assert (own > weights).mean() > 0.95 and (own > 1).all()  # the training examples' is too large
 
 
 def test_arrays_are_of_one_problem(distilled: Any) -> None:
-    arrays, alphas = distilled.arrays, Distillation().alphas
+    found, alphas = distilled.arrays, Distillation().alphas
+    arrays = {name: array.values for name, array in found.items()}
     n, steps = 11, 10
     assert arrays["shrinkage"].shape == (len(alphas), steps, n)
     assert arrays["curves"].shape == (len(alphas), steps, 101)
@@ -338,7 +351,7 @@ def test_arrays_are_of_one_problem(distilled: Any) -> None:
     assert (np.diff(d) < 0).all()
     np.testing.assert_allclose(arrays["shrinkage"][0, 3], (d / (d + 0.2)) ** 4, rtol=1e-4)
     kernel = np.exp(-80 * (arrays["x"][:, None] - arrays["x"]) ** 2)
-    wide = np.exp(-80 * (arrays["grid"][:, None] - arrays["x"]) ** 2)
+    wide = np.exp(-80 * (found["curves"].coords["x"][:, None] - arrays["x"]) ** 2)
     plain = wide @ np.linalg.solve(kernel + 0.2 * np.eye(n), arrays["y"])
     np.testing.assert_allclose(arrays["curves"][2, 0], plain, rtol=0, atol=1e-4)
 
@@ -378,6 +391,6 @@ def test_bad_values_are_refused(study: Any, values: dict, message: str) -> None:
 
 def test_a_mesh_must_take_the_population() -> None:
     with pytest.raises(ValueError, match="the number of replicas must be a multiple"):
-        theory.run(Config(study=TINY), mesh=mesh.make(3))
+        theory.run(Config(study=TINY), None, mesh.make(3))
     with pytest.raises(ValueError, match="the number of replicas must be a multiple"):
-        theory.run(Config(study=Basin(lambdas=(3.0,), starts=5)), mesh=mesh.make(2))
+        theory.run(Config(study=Basin(lambdas=(3.0,), starts=5)), None, mesh.make(2))

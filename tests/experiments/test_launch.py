@@ -98,12 +98,12 @@ def test_a_killed_worker_takes_no_other_with_it(tmp_path: Path, capsys: Any) -> 
     assert len(list(sorted(home.glob("launches/*"))[1].glob("*_submitted.pkl"))) == 1
 
     assert cli.main(command) == 0 and len(began(home)) == 2  # nothing is left to launch
-    for point, table in zip(POINTS, theory.sweep(POINTS), strict=True):
+    for point, findings in zip(POINTS, theory.sweep(POINTS, None), strict=True):
         found = record.read(home / configs.fingerprint(point))
-        for name, values in table.rows.items():
-            np.testing.assert_array_equal(found.rows[name].to_numpy(), values)
-        for name, values in table.arrays.items():
-            np.testing.assert_array_equal(found.arrays[name], values)
+        for name, frame in findings.frames.items():
+            assert found.frames[name].equals(frame)
+        for name, array in findings.arrays.items():
+            np.testing.assert_array_equal(found.arrays[name].values, array.values)
 
 
 def test_an_error_in_a_unit_is_told_with_its_log(tmp_path: Path, capsys: Any) -> None:

@@ -5,22 +5,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from dynamics import config as configs
-from dynamics import mesh, record
+from dynamics import mesh, training
 from dynamics.models import Unet
-from dynamics.optim import Train
+from dynamics.optim import Adam
+from dynamics.record import Findings
 from dynamics.revise import DETECT, Correction
+from dynamics.training import Train
 from dynamics.types import NEVER
-from experiments import segmentation_noise, training
+from experiments import segmentation_noise
 from experiments.segmentation_noise import Comparison, Config, Consistency, Shapes, Timing
 from experiments.segmentation_noise.measuring import FATES, fates, mean_iou
 
 TINY = Config(
     data=Shapes(num_train=10, num_test=4),
     model=Unet(width=2, levels=1, convs=1, norm="none"),
-    train=Train(rule="adam", learning_rate=0.01, batch_size=5),
+    train=Train(optimizer=Adam(learning_rate=0.01), batch_size=5),
     epochs=2,
     correction=Correction(confidence=0.4),
     consistency=Consistency(scales=(1.0,)),  # more take long to compile
@@ -35,23 +38,23 @@ def data() -> Any:
 
 
 @pytest.fixture(scope="module")
-def table(data: Any) -> record.Table:
+def found(data: Any) -> Findings:
     return segmentation_noise.run(TINY, data, mesh.make())  # on one device all share a program
 
 
-def of(table: record.Table, method: str, column: str) -> np.ndarray:
+def of(found: Findings, method: str, column: str) -> np.ndarray:
     """[R, E]"""
-    rows = table.rows
-    epochs = len(np.unique(rows["epoch"]))
-    return rows[column][rows["method"] == method].reshape(-1, epochs)
+    mine = found.frames["comparison"].filter(pl.col("method") == method).sort("replica", "epoch")
+    return np.stack([own[column].to_numpy() for own in mine.partition_by("replica")])
 
 
-def assert_equal(a: record.Table, b: record.Table) -> None:
-    assert a.rows.keys() == b.rows.keys() and a.arrays.keys() == b.arrays.keys()
-    for name in a.rows:
-        np.testing.assert_array_equal(a.rows[name], b.rows[name], err_msg=name)
+def assert_equal(a: Findings, b: Findings) -> None:
+    assert a.frames.keys() == b.frames.keys() and a.arrays.keys() == b.arrays.keys()
+    for name in a.frames:
+        assert a.frames[name].equals(b.frames[name])
     for name in a.arrays:
-        np.testing.assert_array_equal(a.arrays[name], b.arrays[name], err_msg=name)
+        np.testing.assert_array_equal(a.arrays[name].values, b.arrays[name].values, err_msg=name)
+        assert a.arrays[name].dims == b.arrays[name].dims
 
 
 def test_the_data(data: Any) -> None:
@@ -61,40 +64,45 @@ def test_the_data(data: Any) -> None:
     np.testing.assert_array_equal(segmentation_noise.load(more).test.x, data.test.x[2:])
 
 
-def test_the_table(table: record.Table, data: Any) -> None:
-    rows, arrays = table
-    assert all(len(column) == 3 * 2 * 2 for column in rows.values())
-    np.testing.assert_array_equal(of(table, "ce", "epoch"), [[1, 2], [1, 2]])
-    np.testing.assert_array_equal(of(table, "ce", "replica"), [[0, 0], [1, 1]])
-    assert np.isinf(rows["diverged"]).all()
+def test_the_table(found: Findings, data: Any) -> None:
+    frame, arrays = found.frames["comparison"], found.arrays
+    assert len(frame) == 3 * 2 * 2 and frame["diverged"].is_null().all()
+    np.testing.assert_array_equal(of(found, "ce", "epoch"), [[1, 2], [1, 2]])
+    np.testing.assert_array_equal(of(found, "ce", "replica"), [[0, 0], [1, 1]])
+    ce, early = (frame.filter(pl.col("method") == method) for method in ("ce", "early"))
     for c in (1, 2):
-        total = sum(rows[f"{fate}.{c}"] for fate in FATES)
+        total = sum(frame[f"{fate}.{c}"].to_numpy() for fate in FATES)
         np.testing.assert_allclose(total, 1, atol=1e-6)
-        assert np.isinf(of(table, "ce", f"onset.{c}")).all()
-        assert (of(table, "early", f"onset.{c}") == 1).all()
-    assert np.isnan(of(table, "ce", "at")).all() and (of(table, "early", "at") == 1).all()
+        assert ce[f"onset.{c}"].is_null().all() and (early[f"onset.{c}"] == 1).all()
+    assert ce["at"].is_null().all() and (early["at"] == 1).all()
     wrong = [segmentation_noise.labels(TINY, data, r) for r in range(2)]
     for r in range(2):
         np.testing.assert_allclose(
-            of(table, "ce", "label_accuracy")[r], 1 - wrong[r].rate, rtol=1e-6
+            of(found, "ce", "label_accuracy")[r], 1 - wrong[r].rate, rtol=1e-6
         )
-    assert (of(table, "early", "label_accuracy") != of(table, "ce", "label_accuracy")).all()
-    assert arrays["fit"].shape == (3, 2, 2, 4)
-    assert arrays["shown_corrected"].shape == arrays["shown_predicted"].shape == (3, 3, 32, 32)
-    shown = segmentation_noise.shown(wrong[0])
-    np.testing.assert_array_equal(arrays["shown_labels"], wrong[0].labels[shown])
-    np.testing.assert_array_equal(arrays["shown_corrected"][0], wrong[0].labels[shown])
-    assert (arrays["shown_corrected"][1] != wrong[0].labels[shown]).any()
-    sizes = (arrays["shown_labels"] > 0).sum((1, 2)) - (arrays["shown_clean"] > 0).sum((1, 2))
+    assert (of(found, "early", "label_accuracy") != of(found, "ce", "label_accuracy")).all()
+    fit = arrays["fit"]
+    assert fit.values.shape == (3, 2, 2, 4)
+    assert fit.dims == ("cell", "replica", "class", "parameter")
+    assert fit.coords["cell"].tolist() == ["ce", "early", "adele_consistency"]
+    for name in ("shown_corrected", "shown_predicted"):
+        assert arrays[name].values.shape == (3, 3, 32, 32)
+        assert arrays[name].dims == ("cell", "image", "y", "x")
+    shown, images = segmentation_noise.shown(wrong[0]), arrays["shown_labels"].values
+    np.testing.assert_array_equal(images, wrong[0].labels[shown])
+    ce, early = (arrays["shown_corrected"].at(cell=cell).values for cell in ("ce", "early"))
+    np.testing.assert_array_equal(ce, images)
+    assert (early != images).any()
+    sizes = (images > 0).sum((1, 2)) - (arrays["shown_clean"].values > 0).sum((1, 2))
     assert sizes.min() < 0 < sizes.max()
 
 
-def test_methods_are_paired(table: record.Table, data: Any) -> None:
+def test_methods_are_paired(found: Findings, data: Any) -> None:
     """Replica r of every method has the same labels and start: until the first correction ``ce``
     and ``early`` are one run, and a replica does not depend on how many there are."""
     for column in ("iou.1", "train_iou", "correct.1"):
-        before = of(table, "ce", column)[:, 0]
-        np.testing.assert_array_equal(before, of(table, "early", column)[:, 0])
+        before = of(found, "ce", column)[:, 0]
+        np.testing.assert_array_equal(before, of(found, "early", column)[:, 0])
     labels = [segmentation_noise.labels(TINY, data, r).labels for r in (0, 0, 1)]
     np.testing.assert_array_equal(labels[0], labels[1])
     assert (labels[0] != labels[2]).any()
@@ -103,42 +111,41 @@ def test_methods_are_paired(table: record.Table, data: Any) -> None:
 
 
 def test_the_cells_of_a_study() -> None:
-    cells = segmentation_noise._cells
+    def cells(point: Config) -> list[Any]:
+        found = segmentation_noise.cells(point, point.study)
+        return [(cell["method"], cell["when"]) for cell in found]
+
     late = Config(study=Comparison(methods=("late", "consistency", "adele"), late=0.5))
-    assert [tuple(cell) for cell in cells(late)] == [
-        ("late", 30), ("consistency", NEVER), ("adele", DETECT)
-    ]  # fmt: skip
+    assert cells(late) == [("late", 30), ("consistency", NEVER), ("adele", DETECT)]
     timing = Config(study=Timing(at=(1, 20)))
-    assert [tuple(cell) for cell in cells(timing)] == [
-        ("ce", NEVER), ("adele", DETECT), ("at", 1), ("at", 20)
-    ]  # fmt: skip
+    assert cells(timing) == [("ce", NEVER), ("adele", DETECT), ("at", 1), ("at", 20)]
 
 
 def test_a_store_changes_nothing_and_a_second_call_computes_nothing(
-    data: Any, table: record.Table, tmp_path: Path, monkeypatch: Any
+    data: Any, found: Findings, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    assert_equal(table, segmentation_noise.run(TINY, data, mesh.make(), store=tmp_path))
+    assert_equal(found, segmentation_noise.run(TINY, data, mesh.make(), store=tmp_path))
     monkeypatch.setattr(training, "train", None)
-    assert_equal(table, segmentation_noise.run(TINY, data, mesh.make(), store=tmp_path))
+    assert_equal(found, segmentation_noise.run(TINY, data, mesh.make(), store=tmp_path))
 
 
 @pytest.mark.slow
 def test_points_of_a_sweep_share_one_program_and_equal_single_runs(
-    data: Any, table: record.Table, monkeypatch: Any
+    data: Any, found: Findings, monkeypatch: Any
 ) -> None:
     points = configs.grid(PLAIN, {"seed": [0, 3]})
     calls = []
     train = training.train
     monkeypatch.setattr(
-        training, "train", lambda points, *a, **k: calls.append(points) or train(points, *a, **k)
+        training, "train", lambda members, *a, **k: calls.append(members) or train(members, *a, **k)
     )
-    tables = segmentation_noise.sweep(points, data, mesh.make())
-    assert [len(points) for points in calls] == [2]
+    both = segmentation_noise.sweep(points, data, mesh.make())
+    assert [members["point"].n_unique() for members in calls] == [2]
     for method in ("ce", "early"):
         for column in ("train_iou", "label_accuracy", "memorised.1"):
-            a, b = of(tables[0], method, column), of(table, method, column)
+            a, b = of(both[0], method, column), of(found, method, column)
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3)  # a pixel of 500 may differ
-    assert (of(tables[0], "ce", "label_accuracy") != of(tables[1], "ce", "label_accuracy")).all()
+    assert (of(both[0], "ce", "label_accuracy") != of(both[1], "ce", "label_accuracy")).all()
 
 
 def test_iou_and_fates_against_loops() -> None:
@@ -192,17 +199,17 @@ def test_the_claims_on_shapes() -> None:
     before anything was learned they are worse."""
     study = Comparison(methods=("ce", "adele", "early"), replicas=4)
     config = Config(study=study)
-    table = segmentation_noise.run(config, segmentation_noise.load(config))
+    found = segmentation_noise.run(config, segmentation_noise.load(config))
     ce, adele, early = ({} for _ in range(3))
-    for method, found in (("ce", ce), ("adele", adele), ("early", early)):
+    for method, its in (("ce", ce), ("adele", adele), ("early", early)):
         for column in ("label_accuracy", "train_iou", "correct.1", "memorised.1"):
-            found[column] = of(table, method, column)
+            its[column] = of(found, method, column)
     assert (ce["correct.1"].max(axis=1) >= 0.7).all() and (ce["correct.1"][:, -1] <= 0.25).all()
     assert (ce["memorised.1"][:, -1] >= 0.75).all()
     gain = {name: adele[name] - ce[name] for name in ce}
     assert (gain["label_accuracy"][:, -1] >= 0.01).all()
     assert (gain["train_iou"][:, -5:].mean(axis=1) >= 0.06).all()
     assert (gain["memorised.1"][:, -1] <= -0.2).all()
-    onsets = [of(table, "adele", f"onset.{c}")[:, -1] for c in (1, 2)]
+    onsets = [of(found, "adele", f"onset.{c}")[:, -1] for c in (1, 2)]
     assert (onsets[0] < onsets[1]).all()
     assert (early["label_accuracy"][:, -1] < ce["label_accuracy"][:, -1]).all()

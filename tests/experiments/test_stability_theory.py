@@ -1,6 +1,7 @@
 """The theory of stability, measured: checks 16 and 18 to 21 of the specification."""
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from references.stability import asymmetric, diagonal_net, logistic, subgradient, symmetric
 
 from dynamics import config as configs
 from dynamics import mesh, record
 from dynamics.data import synthetic
+from dynamics.record import Findings
 from experiments import stability_theory as theory
 from experiments.stability_theory import (
     Config,
@@ -45,30 +49,34 @@ TINY = {
 }  # fmt: skip
 
 
-def run(study: Any, **options: Any) -> record.Table:
-    return theory.run(Config(study=study), mesh=mesh.make(1), **options)
+def run(study: Any, **options: Any) -> Findings:
+    return theory.run(Config(study=study), None, mesh.make(1), **options)
 
 
-def where(table: record.Table, name: str, **equal: Any) -> np.ndarray:
-    """A column where others have these values."""
-    rows = table.rows
-    chosen = np.ones(len(rows[name]), bool)
+def frame(found: Findings) -> pl.DataFrame:
+    """That of the study."""
+    return next(iter(found.frames.values()))
+
+
+def where(found: Findings, name: str, of: str | None = None, **equal: Any) -> np.ndarray:
+    """A column of the study's frame, or of another, where others have these values."""
+    rows = frame(found) if of is None else found.frames[of]
     for column, value in equal.items():
-        chosen &= rows[column] == value
-    assert chosen.any(), equal
-    return rows[name][chosen]
+        rows = rows.filter(pl.col(column) == value)
+    assert len(rows), equal
+    return rows[name].to_numpy()
 
 
 # ---- diagonal -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def converged() -> record.Table:
+def converged() -> Findings:
     study = Diagonal(learning_rates=(0.008, 0.016), large_rates=(0.05, 0.14), replicas=2)
     return run(study)
 
 
-def ends(table: record.Table, name: str, batch: int, rate: float = 0.016) -> np.ndarray:
+def ends(table: Findings, name: str, batch: int, rate: float = 0.016) -> np.ndarray:
     return where(table, name, batch=batch, learning_rate=rate, step=40_000)
 
 
@@ -83,7 +91,7 @@ def test_one_example_a_batch_ends_where_the_trace_allows(converged: Any) -> None
 def test_the_inequality_of_every_batch_size_holds_at_the_end(converged: Any) -> None:
     last = where(converged, "necessary", step=40_000)
     assert (last <= 0.86).all() and last.max() > 0.6
-    assert np.isinf(converged.rows["diverged"]).all()
+    assert frame(converged)["diverged"].is_null().all()
     assert where(converged, "mistake", step=40_000).max() < 1e-8
     start = where(converged, "necessary", step=0, batch=1, learning_rate=0.016)
     assert (start > 1).all()  # and not where the run begins
@@ -99,36 +107,40 @@ def test_gradient_descent_ends_where_the_largest_eigenvalue_allows(converged: An
 
 
 def test_what_is_said_of_made_up_minima(converged: Any) -> None:
-    arrays = converged.arrays
-    np.testing.assert_array_equal(arrays["critical_batches"], [1, 2, 4, 8, 16, 60])
-    np.testing.assert_allclose(arrays["critical_trace_equal"][0], 1, atol=1e-9)
-    assert (arrays["critical_trace_equal"][2] > 1.5).all()
-    assert (arrays["critical_trace_heavy"][0] < 0.5).all()
+    def exact(name: str, **equal: Any) -> np.ndarray:
+        return where(converged, name, "critical", **equal)
+
+    assert sorted(set(exact("batch"))) == [1, 2, 4, 8, 16, 60]
+    np.testing.assert_allclose(exact("trace", kind="equal", batch=1), 1, atol=1e-9)
+    assert (exact("trace", kind="equal", batch=4) > 1.5).all()
+    assert (exact("trace", kind="heavy", batch=1) < 0.5).all()
     for kind in diagonal.KINDS:
-        assert arrays[f"critical_necessary_{kind}"].max() <= 1 + 1e-9
-        assert arrays[f"critical_error_{kind}"].max() < 1e-9
-        gained = np.diff(arrays[f"critical_trace_{kind}"], axis=0)
-        assert (gained > 0).all()  # larger batches, larger rates
+        assert exact("necessary", kind=kind).max() <= 1 + 1e-9
+        assert exact("error", kind=kind).max() < 1e-9
+        for again, replica in itertools.product((True, False), range(2)):
+            cell = {"kind": kind, "replacement": again, "replica": replica}
+            gained = np.diff(exact("trace", **cell))
+            assert len(gained) == 5 and (gained > 0).all()  # larger batches, larger rates
 
 
 @pytest.fixture(scope="module")
-def tiny() -> dict[str, record.Table]:
+def tiny() -> dict[str, Findings]:
     return {name: run(study) for name, study in TINY.items()}
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_a_run_on_the_diagonal_net_is_sgd(tiny: Any, batch: int) -> None:
     study = TINY["diagonal"]
-    data = diagonal._draw(study, 0, 1)
+    x, y = diagonal._draw(study, population.own_seed(0, 1))
     key = jax.random.fold_in(jax.random.key(0), 1)
-    stream = population.stream(data[None])
+    stream = population.own_examples(x[None], y[None])
     if batch < 8:
         stream = diagonal.minibatches(stream, batch)
-    own = {"x": jnp.asarray(data)}
+    own = {"x": jnp.asarray(x), "y": jnp.asarray(y)}
     one = jax.jit(lambda t: stream.batch(stream.shared, own, (), key, t).index)
     rows = [np.asarray(one(np.int32(t))) for t in range(30)]
     assert all(len(r) == batch for r in rows)
-    x, y = data[:, :-1].astype(np.float64), data[:, -1].astype(np.float64)
+    x, y = x.astype(np.float64), y.astype(np.float64)
     u, v = diagonal_net(x, y, np.full(12, 0.6), np.full(12, 0.6), 0.01, rows)
     slopes = np.concatenate([2 * x * u, -2 * x * v], axis=1)
     h = slopes.T @ slopes / 8
@@ -148,7 +160,7 @@ def test_a_run_on_the_diagonal_net_is_sgd(tiny: Any, batch: int) -> None:
 
 def test_minibatches_are_drawn_evenly_and_anew() -> None:
     data = np.zeros((1, 5, 3), np.float32)
-    stream = diagonal.minibatches(population.stream(data), 4)
+    stream = diagonal.minibatches(population.own_examples(data), 4)
     own, key = {"x": jnp.asarray(data[0])}, jax.random.key(0)
     one = jax.jit(jax.vmap(lambda t: stream.batch(stream.shared, own, (), key, t).index))
     drawn = np.asarray(one(np.arange(4000, dtype=np.int32)))
@@ -161,10 +173,18 @@ def test_minibatches_are_drawn_evenly_and_anew() -> None:
 
 # ---- perceptron ---------------------------------------------------------------------------------
 
+GAMMAS = (0.1, 1.0, 10.0, 100.0, 1e8)
+
+
+def paths(limits: Findings, name: str, problem: str, method: str) -> np.ndarray:
+    """[gammas, steps + 1] of replica 0."""
+    cell = {"problem": problem, "method": method, "replica": 0}
+    return np.stack([where(limits, name, "path", gamma=gamma, **cell) for gamma in GAMMAS])
+
 
 @pytest.fixture(scope="module")
-def limits() -> record.Table:
-    study = Perceptron(gammas=(0.1, 1.0, 10.0, 100.0, 1e8), replicas=2, steps=310, digits_steps=90)
+def limits() -> Findings:
+    study = Perceptron(gammas=GAMMAS, replicas=2, steps=310, digits_steps=90)
     return run(study)
 
 
@@ -172,7 +192,7 @@ def test_the_table_of_the_paper(limits: Any) -> None:  # check 18
     steps = {
         (m, g): where(limits, "iterations", problem="worst", method=m, gamma=g).item()
         for m in perceptron.METHODS
-        for g in (0.1, 1.0, 10.0, 100.0, 1e8)
+        for g in GAMMAS
     }
     assert [steps["normalised", g] for g in (100.0, 10.0, 1.0, 0.1)] == [2, 2, 16, 157]
     assert steps["descent", 100.0] == 308 and steps["descent", 1e8] == 301
@@ -196,7 +216,7 @@ def test_at_large_steps_descent_is_the_perceptron(limits: Any, method: str) -> N
 
 def test_two_examples_by_hand(limits: Any) -> None:
     """Theorem 4.1: f(theta_1) = gamma / 8 to rounding, |grad f(theta_1)| = sqrt(2) / 2."""
-    loss, slope = (limits.arrays[f"{name}_pair_descent"] for name in ("mistake", "slope"))
+    loss, slope = (paths(limits, name, "pair", "descent") for name in ("mistake", "slope"))
     np.testing.assert_allclose(loss[3, 1], 12.5, rtol=1e-9)
     np.testing.assert_allclose(slope[3, 1], np.sqrt(2) / 2, rtol=1e-9)
     assert loss[3, 2] < 1e-10
@@ -209,19 +229,19 @@ def test_two_examples_by_hand(limits: Any) -> None:
 @pytest.mark.parametrize("gamma", [1.0, 100.0])
 def test_logistic_descent_written_out(limits: Any, gamma: float, method: str) -> None:
     study = Perceptron(replicas=2)
-    signed = perceptron._digits(study, 0, 0).astype(np.float64)
+    signed = perceptron.digits(study, population.own_seed(0, 0)).astype(np.float64)
     wanted = logistic(signed, gamma, 90, normalised=method == "normalised")
     margins = wanted @ signed.T
-    place = (0.1, 1.0, 10.0, 100.0, 1e8).index(gamma)
-    loss = limits.arrays[f"mistake_digits_{method}"][place]
+    place = GAMMAS.index(gamma)
+    loss = paths(limits, "mistake", "digits", method)[place]
     np.testing.assert_allclose(loss, np.logaddexp(0, -margins).mean(axis=1), rtol=1e-6)
-    wrong = limits.arrays[f"wrong_digits_{method}"][place]
+    wrong = paths(limits, "wrong", "digits", method)[place]
     np.testing.assert_array_equal(wrong, (margins <= 0).sum(axis=1))
 
 
 def test_digits_are_signed_and_differ_by_their_noise() -> None:
     study = Perceptron(noise=1e-3)
-    a, b, c = (perceptron._digits(study, *one) for one in ((0, 0), (0, 1), (0, 0)))
+    a, b, c = (perceptron.digits(study, seed) for seed in (5, 6, 5))
     np.testing.assert_array_equal(a, c)
     assert 0 < abs(a - b).max() < 0.02 and a.shape[1] == 65
     assert set(a[:, -1]) == {-1.0, 1.0} and np.isclose(abs(a).max(), 1, atol=0.01)
@@ -231,7 +251,7 @@ def test_digits_are_signed_and_differ_by_their_noise() -> None:
 
 
 @pytest.fixture(scope="module")
-def sensed() -> record.Table:
+def sensed() -> Findings:
     return run(Sensing(replicas=2))
 
 
@@ -250,7 +270,7 @@ def test_superfluous_columns_make_a_power_law_with_a_known_constant(sensed: Any)
     assert (exact < 1e-25).all()
 
 
-def rates(table: record.Table, method: str, scale: float) -> np.ndarray:
+def rates(table: Findings, method: str, scale: float) -> np.ndarray:
     """By replica, of the squared error after the modified step, above its rounding."""
     found = []
     for replica in range(2):
@@ -291,18 +311,19 @@ def test_the_modified_step_leaves_the_product() -> None:
 
 def test_a_run_of_sensing_is_gradient_descent(tiny: Any) -> None:
     study = TINY["sensing"]
-    factor = sensing._factor(study, 0, 1).astype(np.float64)
+    seed = population.own_seed(0, 1)
+    factor = sensing._factor(study, seed).astype(np.float64)
     m = factor @ factor.T
     np.testing.assert_allclose(np.linalg.eigvalsh(m)[-2:], [0.5, 1.0], rtol=1e-6)
     eta = float(np.float32(0.1))  # scalars of a state are float32
     for k in (2, 3):
-        x = 0.1 * sensing._start(study, 0, 1, k)[0]
+        x = 0.1 * sensing.start(6, k, seed)[0]
         x = symmetric(m, x, eta, 25)
         cell = {"method": "symmetric", "columns": k, "step": 25, "replica": 1}
         found = where(tiny["sensing"], "error", **cell)
         np.testing.assert_allclose(found, ((x @ x.T - m) ** 2).sum(), rtol=1e-9)
     for method in ("asymmetric", "balanced", "modified"):
-        f, g = sensing._start(study, 0, 1, 3)
+        f, g = sensing.start(6, 3, seed)
         f, g = 0.3 * f, 0.3 * (f if method == "balanced" else g / 3)
         f, g = asymmetric(m, f, g, eta, 20)
         if method == "modified":
@@ -319,7 +340,7 @@ def test_a_run_of_sensing_is_gradient_descent(tiny: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def recovered() -> record.Table:
+def recovered() -> Findings:
     return run(Robust(columns=(2, 20), scales=(1e-6, 0.1), replicas=1))
 
 
@@ -338,7 +359,7 @@ def test_sub_gradients_find_what_squares_do_not(recovered: Any) -> None:  # chec
 @pytest.mark.parametrize("method", ["absolute", "square"])
 def test_a_robust_run_is_the_method_written_out(tiny: Any, method: str) -> None:
     study = TINY["robust"]
-    drawn = robust._draw(study, 0, 1)
+    drawn = robust._draw(study, population.own_seed(0, 1))
     a, y = drawn.matrices.astype(np.float64), drawn.values.astype(np.float64)
     truth = drawn.factor.astype(np.float64) @ drawn.factor.T
     for k in (2, 4):
@@ -354,7 +375,7 @@ def test_a_robust_run_is_the_method_written_out(tiny: Any, method: str) -> None:
 
 
 def test_a_spectral_start_is_the_positive_part() -> None:
-    drawn = robust._draw(TINY["robust"], 0, 0)
+    drawn = robust._draw(TINY["robust"], 5)
     slope = np.einsum("m,mij->ij", np.sign(drawn.values), drawn.matrices.astype(np.float64))
     values, vectors = np.linalg.eigh(slope)
     positive = vectors * np.maximum(values, 0) @ vectors.T
@@ -415,28 +436,23 @@ def test_points_and_replicas_do_not_depend_on_one_another(tiny: Any, name: str) 
     one = dataclasses.replace(TINY[name], replicas=1)
     points = configs.grid(Config(study=one), {"seed": [1, 0]})
     assert len(configs.group(points)) == 1
-    found = theory.sweep(points, mesh=mesh.make(1))[1]
-    wanted = {n: v[tiny[name].rows["replica"] == 0] for n, v in tiny[name].rows.items()}
-    assert set(found.rows) == set(wanted)
-    for column, values in wanted.items():
-        if values.dtype.kind == "f":
-            np.testing.assert_allclose(found.rows[column], values, rtol=2e-5, atol=1e-6)
-        else:
-            np.testing.assert_array_equal(found.rows[column], values)
+    found = theory.sweep(points, None, mesh.make(1))[1]
+    for part, rows in tiny[name].frames.items():
+        wanted = rows.filter(pl.col("replica") == 0)
+        assert_frame_equal(found.frames[part], wanted, rel_tol=2e-5, abs_tol=1e-6)
 
 
 def test_a_stored_run_is_the_same_and_not_computed_again(
     tiny: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     config = Config(study=TINY["sensing"])
-    first = theory.run(config, mesh=mesh.make(1), store=tmp_path)
+    first = theory.run(config, None, mesh.make(1), store=tmp_path)
     stored = record.read(tmp_path / "stability_theory" / configs.fingerprint(config))
     assert stored.done
-    monkeypatch.setattr(theory, "STUDIES", {Sensing: None})  # nothing can be computed
-    second = theory.run(config, mesh=mesh.make(1), store=tmp_path)
-    for name, values in tiny["sensing"].rows.items():
-        np.testing.assert_array_equal(first.rows[name], values, err_msg=name)
-        np.testing.assert_array_equal(second.rows[name], values, err_msg=name)
+    monkeypatch.setattr(sensing, "measure", None)  # nothing can be computed
+    second = theory.run(config, None, mesh.make(1), store=tmp_path)
+    for found in (first, second):
+        assert_frame_equal(frame(found), frame(tiny["sensing"]), check_exact=True)
 
 
 def test_a_run_that_was_killed_between_its_stages_goes_on(
@@ -447,10 +463,9 @@ def test_a_run_that_was_killed_between_its_stages_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(sensing, "raised", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            theory.run(config, mesh=mesh.make(1), store=tmp_path)
-    found = theory.run(config, mesh=mesh.make(1), store=tmp_path)
-    for name, values in tiny["sensing"].rows.items():
-        np.testing.assert_array_equal(found.rows[name], values, err_msg=name)
+            theory.run(config, None, mesh.make(1), store=tmp_path)
+    found = theory.run(config, None, mesh.make(1), store=tmp_path)
+    assert_frame_equal(frame(found), frame(tiny["sensing"]), check_exact=True)
 
 
 def test_a_study_is_run_and_drawn_from_the_command_line(tmp_path: Path) -> None:
@@ -494,4 +509,4 @@ def test_bad_values_are_refused(study: Any, values: dict, message: str) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_a_mesh_must_take_the_population(name: str) -> None:
     with pytest.raises(ValueError, match="must be a multiple of the mesh's replica axis"):
-        theory.run(Config(study=TINY[name]), mesh=mesh.make(7))
+        theory.run(Config(study=TINY[name]), None, mesh.make(7))

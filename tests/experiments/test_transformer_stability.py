@@ -1,16 +1,21 @@
 """Small transformers at large rates: interventions, pairing, rows; checks 22 and 23 (slow)."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from dynamics import config as configs
 from dynamics import optim, record, statistics
 from dynamics.optim import Constant, Cosine
+from dynamics.record import Findings
 from experiments import transformer_stability
+from experiments.experiment import Job
 from experiments.transformer_stability import Changes, Config, Rates, Text, Widths
 
 ALL = Rates().interventions
@@ -30,7 +35,7 @@ def tiny(tmp_path_factory: Any) -> Config:
         data=Text(source="file", file=str(file), context=8),
         depth=1,
         head_width=4,
-        train=dataclasses.replace(Config().train, batch_size=4),
+        batch_size=4,
         steps=6,
         validation=8,
         probed=2,
@@ -39,34 +44,39 @@ def tiny(tmp_path_factory: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def table(tiny: Config) -> record.Table:
+def table(tiny: Config) -> Findings:
     return transformer_stability.run(tiny, transformer_stability.load(tiny))
 
 
-def of(table: record.Table, name: str, **equal: Any) -> np.ndarray:
+def frame(found: Findings) -> pl.DataFrame:
+    """The only one."""
+    (rows,) = found.frames.values()
+    return rows
+
+
+def of(found: Findings, name: str, **equal: Any) -> np.ndarray:
     """A column where others have these values, by rate and replica."""
-    here = np.all([table.rows[key] == value for key, value in equal.items()], axis=0)
-    assert here.any(), equal
-    rows = {key: values[here] for key, values in table.rows.items()}
-    return rows[name][np.lexsort((rows["replica"], rows["rate"]))]
+    rows = frame(found).filter(pl.col(key) == value for key, value in equal.items())
+    assert len(rows), equal
+    return rows.sort("rate", "replica")[name].to_numpy()
 
 
-def test_the_table(tiny: Config, table: record.Table) -> None:
-    rows = table.rows
-    assert len(rows["step"]) == 5 * 2 * 2 * 3 and set(rows["step"]) == {0, 3, 6}
+def test_the_table(tiny: Config, table: Findings) -> None:
+    rows = frame(table)
+    assert len(rows) == 5 * 2 * 2 * 3 and set(rows["step"]) == {0, 3, 6}
     assert set(rows["intervention"]) == set(TWO_PROGRAMS) and set(rows["rate"]) == set(RATES)
-    assert set(rows["stage"]) == {"rates"} and set(rows["width"]) == {8}
+    assert set(table.frames) == {"rates"} and set(rows["width"]) == {8}
     # 4 matrices of attention, 2 of the MLP, 3 norms; qk_norm has 2 of a head's width more
     plain, normed = (of(table, "parameters", intervention=n) for n in ("none", "qk_norm"))
     assert set(plain) == {4 * 64 + 2 * 256 + 3 * 8} and set(normed) == {792 + 8}
     for name in ("test_loss", "test_accuracy", "max_logit", "max_logit_0", "entropy_0", "log_z",
                  "output_rms", "grad_rms"):  # fmt: skip
-        assert np.isfinite(rows[name]).all(), name
-    assert (np.isnan(rows["update_rms"]) == (rows["step"] == 0)).all()
-    assert np.isinf(rows["diverged"]).all() and len(table.arrays["index"]) == 224
+        assert rows[name].is_finite().all(), name
+    assert (rows["update_rms"].is_null() == (rows["step"] == 0)).all()
+    assert rows["diverged"].is_null().all() and len(table.arrays["index"].values) == 224
 
 
-def test_interventions_are_paired_and_differ(table: record.Table) -> None:
+def test_interventions_are_paired_and_differ(table: Findings) -> None:
     """One network and one order of batches for each replica, whatever is changed."""
     first = {n: of(table, "test_loss", step=0, intervention=n) for n in TWO_PROGRAMS}
     for name in set(TWO_PROGRAMS) - {"none", "qk_norm"}:
@@ -79,7 +89,6 @@ def test_interventions_are_paired_and_differ(table: record.Table) -> None:
 
 def test_what_an_intervention_changes() -> None:
     point = Config()
-    cell = {n: transformer_stability.Cell(32, n, 0.1) for n in ALL}
     recipe = {"learning_rate": 0.1, "weight_decay": 1e-4, "z_loss": 0.0}
     changed = {
         "no_decay": {"weight_decay": 0.0},
@@ -87,17 +96,20 @@ def test_what_an_intervention_changes() -> None:
         "z_loss": {"z_loss": 1e-4},
     }
     for name in ALL:
-        found = transformer_stability.scalars_of(cell[name], point)
+        found = transformer_stability.scalars_of(name, 0.1, point)
         assert found == recipe | changed.get(name, {}), name
-    programs = {n: transformer_stability.program_of(cell[n]) for n in ALL}
+    members = transformer_stability.members(Job((point,), None))
+    programs = dict(members.select("intervention", "program").unique().rows())
     same = {n for n in ALL if programs[n] == programs["none"]}
     assert same == {"none", "z_loss", "no_decay", "scaled_decay"}
+    assert len(set(programs.values())) == 4 and programs["qk_norm"] == "d32-qk_norm"
+    data = transformer_stability.load(point)
     for name in ALL:
-        settings = transformer_stability.settings_of(programs[name], point)
-        assert settings.base_fan_in == (32 if name == "mu_param" else 0)
-        assert settings.schedule == Cosine(warmup=0.25 if name == "long_warmup" else 0.05)
-        assert programs[name].qk_norm == (name == "qk_norm")
-    assert str(programs["qk_norm"]) == "d32-qk_norm"
+        rule = transformer_stability.rule_of(name, point)
+        assert rule.base_fan_in == (32 if name == "mu_param" else 0)
+        assert rule.schedule == Cosine(warmup=0.25 if name == "long_warmup" else 0.05)
+        module = transformer_stability.module_of(32, name, point, data)
+        assert module.config.qk_norm == (name == "qk_norm")
 
 
 @pytest.mark.slow
@@ -106,14 +118,12 @@ def test_coefficients_are_replicas_and_points_are_those_alone(tiny: Config) -> N
     study = Rates(interventions=("none", "z_loss"), widths=(8,), rates=RATES, every=6, replicas=1)
     points = configs.grid(
         dataclasses.replace(tiny, study=study),
-        {"changes.z_loss": (0.0, 1.0), "train.weight_decay": (1e-4,), "seed": (0, 1)},
+        {"changes.z_loss": (0.0, 1.0), "optimizer.weight_decay": (1e-4,), "seed": (0, 1)},
     )
     assert len(configs.group(points)) == 1
     together = transformer_stability.sweep(points, data)
     alone = transformer_stability.run(points[3], data)
-    for name, values in alone.rows.items():
-        if values.dtype.kind == "f":
-            np.testing.assert_allclose(together[3].rows[name], values, rtol=1e-3, err_msg=name)
+    assert_frame_equal(frame(together[3]), frame(alone), rel_tol=1e-3, abs_tol=0)
     for z, equal in ((0, True), (2, False)):  # a coefficient of 0 is the recipe
         none, with_z = (
             of(together[z], "test_loss", step=6, intervention=n) for n in ("none", "z_loss")
@@ -126,10 +136,10 @@ def test_widths_stop_early_in_the_schedule_of_all_steps(tiny: Config, tmp_path: 
     study = Widths(interventions=("none",), widths=(8,), rates=RATES, first=3, last=4, replicas=2)
     point = dataclasses.replace(tiny, study=study)
     found = transformer_stability.run(point, data, store=tmp_path)
-    rows = found.rows
-    assert set(rows["step"]) == {0, 3, 4} and len(rows["step"]) == 4 * 3
-    assert not np.isnan(rows["max_logit"]).any()
-    assert (np.isnan(rows["test_loss"]) == (rows["step"] == 3)).all()
+    rows = frame(found)
+    assert set(rows["step"]) == {0, 3, 4} and len(rows) == 4 * 3
+    assert rows["max_logit"].is_finite().all()
+    assert (rows["test_loss"].is_null() == (rows["step"] == 3)).all()
     whole = dataclasses.replace(
         point, study=Rates(interventions=("none",), widths=(8,), rates=RATES, every=4, replicas=2)
     )
@@ -139,36 +149,43 @@ def test_widths_stop_early_in_the_schedule_of_all_steps(tiny: Config, tmp_path: 
     (home,) = record.runs(tmp_path, "transformer_stability")
     assert home.name == configs.fingerprint(point)
     again = transformer_stability.run(point, data, store=tmp_path)
-    for name, values in rows.items():
-        np.testing.assert_array_equal(again.rows[name], values)
+    assert_frame_equal(frame(again), rows, check_exact=True)
 
 
 def test_a_diverged_run_has_no_loss_from_then_on(tiny: Config) -> None:
+    """Rows are what was measured, once each: of one that diverged, those up to then."""
     study = Rates(interventions=("none",), widths=(8,), rates=(0.1, 1e30), every=3, replicas=2)
     point = dataclasses.replace(tiny, study=study)
     table = transformer_stability.run(point, transformer_stability.load(tiny))
     assert np.isfinite(of(table, "test_loss", rate=0.1)).all()
-    loss, step = (of(table, name, rate=1e30) for name in ("test_loss", "step"))
-    assert np.isfinite(of(table, "diverged", rate=1e30)).all()
-    assert np.isfinite(loss[step == 0]).all() and np.isnan(loss[step == 6]).all()
+    rows = frame(table)
+    for rate, replica in itertools.product(study.rates, range(2)):
+        own = rows.filter(pl.col("rate") == rate, pl.col("replica") == replica)
+        (diverged,) = set(own["diverged"])
+        assert (diverged is None) == (rate == 0.1)
+        last = 6 if diverged is None else diverged
+        assert own["step"].to_list() == [step for step in (0, 3, 6) if step <= last]
+        assert last >= 3 or own["step"].to_list() == [0]
+        assert own.filter(pl.col("step") == 0)["test_loss"].is_finite().all()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"head_width": 5}, "head_width 5 must divide the widths, got 8"),
-        ({"train": optim.Train()}, "train must have rule 'adam', independent_decay"),
-        ({"train": ("schedule", Constant())}, "schedule must be Cosine or Linear"),
-        ({"train": ("learning_rate", 0.5)}, "change study.rates instead, got 0.5"),
-        ({"train": ("base_fan_in", 8)}, "no base_fan_in"),
-        ({"train": ("batch_size", 500)}, "batch_size must be <= the 224 training windows, got 500"),
+        ({"optimizer": optim.SGD()}, "Config.optimizer must be Adam, got SGD"),
+        ({"optimizer": ("independent_decay", False)}, "optimizer must have independent_decay"),
+        ({"optimizer": ("schedule", Constant())}, "schedule must be Cosine or Linear"),
+        ({"optimizer": ("learning_rate", 0.5)}, "change study.rates instead, got 0.5"),
+        ({"optimizer": ("base_fan_in", 8)}, "no base_fan_in"),
+        ({"batch_size": 500}, "batch_size must be <= the 224 training windows, got 500"),
         ({"study": Widths(widths=(8,), last=80)}, "study.last must be <= steps 6, got 80"),
     ],
 )
 def test_what_does_not_fit_is_refused(tiny: Config, change: Any, message: str) -> None:
     ((name, value),) = change.items()
     if isinstance(value, tuple):
-        value = dataclasses.replace(tiny.train, **dict([value]))
+        value = dataclasses.replace(tiny.optimizer, **dict([value]))
     with pytest.raises(ValueError, match=message):
         point = dataclasses.replace(tiny, **{name: value})
         transformer_stability.run(point, transformer_stability.load(point))
@@ -192,14 +209,14 @@ def test_bad_values_are_refused(make: Any, message: str) -> None:
 def test_examples_are_evenly_apart(tiny: Config) -> None:
     test = transformer_stability.load(tiny).test
     few = transformer_stability.evenly(test, 3)
-    assert few.index.tolist() == [test.index[0], test.index[12], test.index[-1]]
+    assert few.file_row.tolist() == [test.file_row[0], test.file_row[12], test.file_row[-1]]
     assert len(transformer_stability.evenly(test, 10**6)) == len(test)
 
 
 # ---- on Python's documentation -------------------------------------------------------------------
 
 
-def run(study: Any) -> record.Table:
+def run(study: Any) -> Findings:
     point = Config(study=study)
     return transformer_stability.run(point, transformer_stability.load(point))
 

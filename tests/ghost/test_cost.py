@@ -27,7 +27,7 @@ def spent(fn: Any, *args: Any) -> tuple[float, int]:
 def net() -> Any:
     """784-512-512-10 and 256 examples, as shapes."""
     made = task.classification(models.make(models.MLP(width=512, depth=2), 10), (28, 28))
-    params, extras = jax.eval_shape(made.init, jax.random.key(0))
+    params, extras = jax.eval_shape(made.init, jax.random.key(0), {})
     state = jax.eval_shape(lambda: step.given(jnp.zeros(())))
     x = jax.ShapeDtypeStruct((B, 28, 28), jnp.float32)
     y = jax.ShapeDtypeStruct((B,), jnp.int32)

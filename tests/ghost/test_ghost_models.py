@@ -76,7 +76,7 @@ def made(name: str) -> tuple[Any, Any, Batch]:
             return noise
         return noise / math.sqrt(math.prod(leaf.shape[:-1]))
 
-    params, extras = jax.tree.map(moved, jax.eval_shape(net.init, jax.random.key(0)))
+    params, extras = jax.tree.map(moved, jax.eval_shape(net.init, jax.random.key(0), {}))
     extras = jax.tree.map(jnp.abs, extras)
     return net, step.given(params, extras), Batch(x=x, y=y, index=jnp.arange(B))
 

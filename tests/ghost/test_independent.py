@@ -273,7 +273,7 @@ def training(net: Any) -> Any:
 @pytest.mark.parametrize("name", coupled_tasks())
 def test_grand_and_every_score_over_examples_refuse_them(name: str) -> None:
     net = coupled_tasks()[name]
-    params, extras = net.init(jax.random.key(0))
+    params, extras = net.init(jax.random.key(0), {})
     state = step.given(params, extras)
     batch = Batch(x=jnp.ones((B, 4, 4)), y=Y, index=jnp.arange(B))
     for score in (
@@ -287,7 +287,7 @@ def test_grand_and_every_score_over_examples_refuse_them(name: str) -> None:
 
 def test_batch_norm_in_evaluation_mode_is_let_through() -> None:
     net = task.classification(Net(False), (4, 4))
-    state = step.given(*net.init(jax.random.key(0)))
+    state = step.given(*net.init(jax.random.key(0), {}))
     assert over_examples(el2n, net, state, IMAGES).shape == (B,)
 
 
@@ -313,7 +313,7 @@ def test_all_models_in_evaluation_mode_are_let_through(name: str) -> None:
     y = TOKENS if "transformer" in name else Y
     module = models.make(CONFIGS[name], 5)
     net = task.classification(module, x.shape[1:], input_dtype=x.dtype)
-    params, extras = jax.eval_shape(net.init, jax.random.key(0))
+    params, extras = jax.eval_shape(net.init, jax.random.key(0), {})
     batch = Batch(x=x, y=y, index=jnp.arange(B))
 
     def of_batch(state: Any, batch: Batch) -> Any:

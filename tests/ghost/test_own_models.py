@@ -14,7 +14,7 @@ from references import scores as reference
 
 from dynamics import step, task
 from dynamics.data import of_arrays
-from dynamics.data.stream import take
+from dynamics.data.rows import take
 from dynamics.scores import el2n, grand, over_examples
 from dynamics.types import Dataset
 
@@ -190,5 +190,5 @@ def test_scores_of_a_network_made_elsewhere(name: str, caplog: Any) -> None:
 def test_to_train_it_init_is_needed() -> None:
     predict, params, data, _ = plain()
     with pytest.raises(ValueError, match="needs init="):
-        task.of_function(predict).init(jax.random.key(0))
+        task.of_function(predict).init(jax.random.key(0), {})
     assert isinstance(data, Dataset) and params

@@ -36,7 +36,7 @@ BATCH = Batch(x=normal(B, 4, 4), y=jnp.zeros(B, jnp.int32), index=jnp.arange(B))
 def made(name: str) -> Any:
     net = task.classification(models.make(CONFIGS[name], K), (4, 4))
     moved = lambda x: 1 + 0.3 * normal(*x.shape) if x.ndim < 2 else normal(*x.shape) / 2  # noqa: E731
-    params, extras = jax.tree.map(moved, jax.eval_shape(net.init, jax.random.key(0)))
+    params, extras = jax.tree.map(moved, jax.eval_shape(net.init, jax.random.key(0), {}))
     return net, step.given(params, jax.tree.map(jnp.abs, extras))
 
 
@@ -97,7 +97,7 @@ def test_it_does_not_read_labels() -> None:
 def test_refusals() -> None:
     config = models.Transformer(width=4, depth=1, num_heads=2, max_length=4)
     net = task.classification(models.make(config, K), (4,), input_dtype=jnp.int32)
-    state = step.given(*net.init(jax.random.key(0)))
+    state = step.given(*net.init(jax.random.key(0), {}))
     tokens = BATCH.replace(x=jnp.zeros((B, 4), jnp.int32), y=jnp.zeros((B, 4), jnp.int32))
     with pytest.raises(ValueError, match=r"logits \[b, classes\], got \[5, 4, 3\]"):
         ntk(net, state, tokens)

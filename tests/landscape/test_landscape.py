@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dynamics import models, step, task
+from dynamics.calls import by_value
 from dynamics.landscape import barrier, between, reestimated
 from dynamics.types import Batch, TrainState
 
@@ -86,7 +87,7 @@ def linear() -> Any:
 def test_a_convex_model_has_none() -> None:
     """E11: the loss of a linear model, between any two weights."""
     net = linear()
-    shapes = jax.eval_shape(net.init, jax.random.key(0))[0]
+    shapes = jax.eval_shape(net.init, jax.random.key(0), {})[0]
     risk = jax.jit(lambda s: net.evaluate(s.params, {}, BATCH, {}).loss)
     for _ in range(3):
         a, b = (state(jax.tree.map(lambda x: 3 * normal(*x.shape), shapes)) for _ in range(2))
@@ -157,7 +158,7 @@ def each(fn: Any) -> Any:
 @functools.cache
 def convnet() -> Any:
     net = task.classification(models.make(models.Convnet(channels=(3,), norm="batch"), K), (4, 4))
-    replicas = [state(*net.init(jax.random.key(s))) for s in (0, 1)]
+    replicas = [state(*net.init(jax.random.key(s), {})) for s in (0, 1)]
     return net, jax.tree.map(lambda *xs: jnp.stack(xs), *replicas)
 
 
@@ -214,4 +215,4 @@ def test_it_is_compiled_once_for_a_task() -> None:
 
     for _ in range(3):
         reestimated(net, states, [BATCH], counted)
-    assert len(set(seen)) == 1
+    assert len(set(map(by_value, seen))) == 1

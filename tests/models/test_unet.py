@@ -79,7 +79,7 @@ def test_a_label_for_every_pixel_trains(jit):
     y = jnp.asarray((X > 0).astype(np.int32))
     batch = Batch(x=jnp.asarray(X), y=y, index=jnp.arange(2, dtype=jnp.int32))
     key = jax.random.key(0)
-    params, extras = jit(net.init)(key)
+    params, extras = jit(net.init)(key, {})
     gradient = jit(jax.value_and_grad(net.loss, has_aux=True))
     losses = []
     for _ in range(20):

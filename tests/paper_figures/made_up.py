@@ -17,7 +17,7 @@ CONFIG = {
     "kind": "Config",
     "data": {"kind": "DataConfig", "source": "digits"},
     "model": {"kind": "MLP", "width": 128, "depth": 2},
-    "train": {"kind": "Train", "learning_rate": 0.02},
+    "train": {"kind": "Train", "optimizer": {"kind": "SGD", "learning_rate": 0.02}},
     "score": {"kind": "Scoring", "epochs": list(EPOCHS), "replicas": SCORINGS},
     "noise": 0.0,
     "seed": 0,
@@ -78,7 +78,7 @@ def scored():
 
 def timing(noise=0.0, above=None, replicas=REPLICAS, **config):
     """A run of ``Timing``: random is at 80 % + one point per replica, all data 2 above."""
-    cells = [({"method": m, "scored_at": math.nan}, p) for m, p in (("full", 2.0), ("random", 0.0))]
+    cells = [({"method": m, "scored_at": None}, p) for m, p in (("full", 2.0), ("random", 0.0))]
     for (method, epoch), points in (TIMING[noise] if above is None else above).items():
         cells.append(({"method": method, "scored_at": epoch}, points))
     study = {"kept": 0.3, "methods": ["el2n", "grand"], "epochs": 20.0}
@@ -90,7 +90,7 @@ def timing(noise=0.0, above=None, replicas=REPLICAS, **config):
 def window(noise=0.0, above=None, replicas=REPLICAS, **config):
     """A run of ``Window``, as above."""
     rest = (("full", 2.0), ("random", 0.0), ("easy", 7.0 if noise else -14.0))
-    cells = [({"method": m, "dropped": math.nan}, p) for m, p in rest]
+    cells = [({"method": m, "dropped": None}, p) for m, p in rest]
     for dropped, points in (WINDOW[noise] if above is None else above).items():
         cells.append(({"method": "window", "dropped": dropped}, points))
     study = {"kept": 0.3, "dropped": list(DROPPED), "scored_at": 5.0, "epochs": 20.0}
@@ -117,18 +117,42 @@ def rescoring(noise=0.0, above=None, replicas=REPLICAS, **config):
     for method, points in (RESCORING[noise] if above is None else above).items():
         before = points - 4 if method == "again" and noise else points
         overlap = 0.25 if method.endswith("again") else 1.0
-        for epoch, at, part in ((2.0, 0.0, math.nan), (5.0, before, overlap), (8.0, points, 1.0)):
-            part = math.nan if method == "full" else part
+        for epoch, at, part in ((2.0, 0.0, None), (5.0, before, overlap), (8.0, points, 1.0)):
+            part = None if method == "full" else part
             cells.append(({"method": method, "epoch": epoch, "overlap": part}, at))
     study = {"kept": 0.3, "warmup": 2.0, "every": 3.0, "epochs": 8.0}
     return made("Rescoring", cells, replicas, {}, study, {"noise": noise} | config)
+
+
+def run_of(experiment, config, frames, arrays=(), fingerprint="00c0ffee"):
+    """A finished run of frames (rows, or a frame) and arrays (axes of plain ones have no names)."""
+    frames = {
+        name: rows if isinstance(rows, pl.DataFrame) else record.frame(rows)
+        for name, rows in frames.items()
+    }
+    arrays = {name: array_of(value) for name, value in dict(arrays).items()}
+    path = Path("runs", experiment, "made-up")
+    return record.Run(path, fingerprint, config, {}, frames, arrays, done=True)
+
+
+def array_of(value, dims=None, **coords):
+    """A labelled array; a plain one gets dims axis_0, axis_1 and so on."""
+    if isinstance(value, record.Array):
+        return value
+    value = np.asarray(value)
+    return record.Array(value, dims or tuple(f"axis_{i}" for i in range(value.ndim)), coords)
+
+
+def with_rows(run, change, name=None):
+    """The run with a frame of it changed: that of its study, or another."""
+    name = name or run.config["study"]["kind"].lower()
+    return run._replace(frames=run.frames | {name: change(run.frames[name])})
 
 
 def made(kind, cells, replicas, arrays, study, config):
     """A run of rows and arrays, each accuracy exact: 80 % + one point per replica + points."""
     rows = [
         {
-            "stage": kind.lower(),
             **cell,
             "rarest": 5,
             "replica": s,
@@ -137,17 +161,12 @@ def made(kind, cells, replicas, arrays, study, config):
         for cell, points in cells
         for s in reversed(range(replicas))
     ]
-    arrays = {
-        "index": np.arange(EXAMPLES, dtype=np.int32),
-        "diverged": np.full(SCORINGS, np.inf),
-        **arrays,
-    }
+    arrays = {"index": np.arange(EXAMPLES, dtype=np.int32), **arrays}
     config = {**CONFIG, "study": {"kind": kind, "replicas": replicas, **study}, **config}
     fingerprint = f"{zlib.crc32(str(config).encode()):08x}00c0ffee"
-    table = pl.DataFrame(rows)
-    return record.Run(
-        Path("runs/data_diet/made-up"), fingerprint, config, {}, table, arrays, done=True
-    )
+    scored = [{"replica": r, "diverged": None} for r in range(SCORINGS)]
+    frames = {kind.lower(): rows, "scored": scored}
+    return run_of("data_diet", config, frames, arrays, fingerprint)
 
 
 def claims_of(module, *runs):
@@ -168,7 +187,7 @@ def without_rows(run, **equal):
     keep = pl.lit(False)
     for column, value in equal.items():
         keep = keep | (pl.col(column) != value)
-    return run._replace(rows=run.rows.filter(keep))
+    return with_rows(run, lambda frame: frame.filter(keep))
 
 
 def without_array(run, name):
@@ -178,12 +197,12 @@ def without_array(run, name):
 
 def with_array(run, name, value):
     """The run with another array."""
-    return run._replace(arrays=run.arrays | {name: value})
+    return run._replace(arrays=run.arrays | {name: array_of(value)})
 
 
 def with_accuracy(run, value):
     """The run with one accuracy everywhere."""
-    return run._replace(rows=run.rows.with_columns(test_accuracy=pl.lit(value)))
+    return with_rows(run, lambda frame: frame.with_columns(test_accuracy=pl.lit(value)))
 
 
 def with_study(run, **values):

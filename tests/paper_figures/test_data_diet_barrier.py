@@ -3,13 +3,12 @@
 import csv
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from made_up import run_of, with_rows
 
-from dynamics import record
 from paper_figures import data_diet_barrier as figure
 
 REPLICAS, SPAWNS, EPOCHS = 8, (0.0, 1.0, 5.0), 20.0
@@ -36,13 +35,13 @@ def made_up(points=NOISY, noise=0.2, replicas=REPLICAS, independent=True):
     """``points`` of each subset: of children that share nothing, then at each spawn epoch."""
     rows = []
     for subset, values in points.items():
-        for spawn, value in zip((math.nan, *SPAWNS), values, strict=True):
+        for spawn, value in zip((None, *SPAWNS), values, strict=True):
             for replica in range(replicas):
-                if math.isnan(spawn) and not independent:
+                if spawn is None and not independent:
                     continue
                 barrier = (value + 0.1 * replica * (value > 0)) / 100
-                rows.append(("connectivity", spawn, subset, replica, barrier, 2 * barrier, 0.25))
-    names = ["stage", "spawn", "subset", "replica", "error_barrier", "loss_barrier", "end_error"]
+                rows.append((spawn, subset, replica, barrier, 2 * barrier, 0.25))
+    names = ["spawn", "subset", "replica", "error_barrier", "loss_barrier", "end_error"]
     config = {
         "kind": "Config",
         "data": {"kind": "DataConfig", "source": "digits"},
@@ -51,16 +50,8 @@ def made_up(points=NOISY, noise=0.2, replicas=REPLICAS, independent=True):
         "noise": noise,
     }
     arrays = {"index": np.arange(100, dtype=np.int32)}
-    table = pl.DataFrame(rows, schema=names, orient="row")
-    return record.Run(
-        Path("runs/data_diet/made-up"),
-        f"{round(100 * noise):016x}",
-        config,
-        {},
-        table,
-        arrays,
-        True,
-    )
+    frames = {"connectivity": pl.DataFrame(rows, schema=names, orient="row")}
+    return run_of("data_diet", config, frames, arrays, f"{round(100 * noise):016x}")
 
 
 def claims_of(*runs):
@@ -155,7 +146,7 @@ def test_levels_of_noise_are_panels(tmp_path):
 
 def test_rows_in_any_order_give_the_same_bytes(tmp_path):
     run = made_up()
-    shuffled = run._replace(rows=run.rows.sample(fraction=1.0, shuffle=True, seed=1))
+    shuffled = with_rows(run, lambda rows: rows.sample(fraction=1.0, shuffle=True, seed=1))
     one, _ = figure.draw([run], tmp_path / "one")
     other, _ = figure.draw([shuffled], tmp_path / "other")
     for suffix in one:
@@ -166,23 +157,23 @@ def without(run, **equal):
     keep = pl.lit(False)
     for column, value in equal.items():
         keep = keep | (pl.col(column) != value)
-    return run._replace(rows=run.rows.filter(keep))
+    return with_rows(run, lambda rows: rows.filter(keep))
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda r: r._replace(rows=r.rows.drop("spawn")), "no column 'spawn'"),
-        (lambda r: r._replace(rows=r.rows.drop("end_error")), "no column 'end_error'"),
+        (lambda r: with_rows(r, lambda f: f.drop("spawn")), "no column 'spawn'"),
+        (lambda r: with_rows(r, lambda f: f.drop("end_error")), "no column 'end_error'"),
         (lambda r: without(r, subset="random"), "no rows for spawn 0, subset 'random'"),
         (lambda r: without(r, subset="low", spawn=5.0), "no rows for spawn 5, subset 'low'"),
         (lambda r: without(r, subset="low", replica=3), "same replicas everywhere"),
-        (lambda r: r._replace(rows=pl.concat([r.rows, r.rows[:1]])), "two rows for"),
+        (lambda r: with_rows(r, lambda f: pl.concat([f, f[:1]])), "two rows for"),
         (
-            lambda r: r._replace(rows=r.rows.with_columns(error_barrier=pl.lit(math.nan))),
-            r"error_barrier must be in \[0, 1\], got nan",
+            lambda r: with_rows(r, lambda f: f.with_columns(error_barrier=pl.lit(None))),
+            r"error_barrier must be in \[0, 1\], got None",
         ),
-        (lambda r: r._replace(rows=r.rows.filter(pl.col("spawn").is_nan())), "share a parent"),
+        (lambda r: with_rows(r, lambda f: f.filter(pl.col("spawn").is_null())), "share a parent"),
         (lambda r: r._replace(config={"study": r.config["study"]}), "no '.*' in its config"),
     ],
 )

@@ -5,7 +5,16 @@ import math
 
 import numpy as np
 import pytest
-from made_up_scores import REPLICAS, N, claims_of, ranking, with_array, with_config
+from made_up_scores import (
+    REPLICAS,
+    N,
+    claims_of,
+    ranking,
+    value,
+    with_array,
+    with_config,
+    with_score,
+)
 
 from dynamics import statistics
 from paper_figures import data_diet_correlation as figure
@@ -27,7 +36,7 @@ def test_monotone_functions_of_one_hardness_agree_entirely():
     assert claims[HALVES].effect == pytest.approx(0.0, abs=1e-12)  # no noise to average away
     assert not claims[HALVES].holds
     run = ranking(noise=0.0)
-    rho = statistics.spearman(run.arrays["input_norm"], run.arrays["el2n@5"][0])
+    rho = statistics.spearman(value(run, "input_norm"), value(run, "el2n", 5.0)[0])
     assert claims[NOTHING].effect == pytest.approx(abs(rho))
     assert claims[NOTHING].kind == "control"
 
@@ -61,19 +70,28 @@ def test_noise_lowers_the_gate_and_drops_the_claim_on_late_scores():
 
 
 @pytest.mark.parametrize(
-    ("name", "failed"),
-    [("grand@5", [SAME]), ("el2n@20", [SOON]), ("input_norm", [NORM]), ("grand@0", [NORM])],
+    ("kind", "epoch", "failed"),
+    [
+        ("grand", 5.0, [SAME]),
+        ("el2n", 20.0, [SOON]),
+        ("input_norm", None, [NORM]),
+        ("grand", 0.0, [NORM]),
+    ],
 )
-def test_shuffled_scores_do_not_hold(name, failed):
+def test_shuffled_scores_do_not_hold(kind, epoch, failed):
     run = ranking(noise=0.0, spread=0.05)
-    value = run.arrays[name][..., np.random.default_rng(5).permutation(N)]
-    claims = claims_of(figure, with_array(run, name, value))
+    mixed = value(run, kind, epoch)[..., np.random.default_rng(5).permutation(N)]
+    if epoch is None:
+        run = with_array(run, kind, mixed)
+    else:
+        run = with_score(run, kind, epoch, mixed)
+    claims = claims_of(figure, run)
     assert [q for q, c in claims.items() if not c.holds and q != HALVES] == failed
 
 
 def test_a_control_that_knows_does_not_hold():
     run = ranking(noise=0.0)
-    claims = claims_of(figure, with_array(run, "grand@0", -run.arrays["el2n@5"]))
+    claims = claims_of(figure, with_score(run, "grand", 0.0, -value(run, "el2n", 5.0)))
     assert claims[NOTHING].effect == pytest.approx(1.0)  # either way round
     assert not claims[NOTHING].holds
 
@@ -91,7 +109,7 @@ def test_the_table_is_the_matrix(tmp_path):
 
 
 def test_a_constant_score_has_no_number(tmp_path):
-    run = with_array(ranking(), "variability@20", np.zeros((REPLICAS, N), np.float32))
+    run = with_score(ranking(), "variability", 20.0, np.zeros((REPLICAS, N), np.float32))
     paths, _ = figure.draw([run], tmp_path)
     with paths["csv"].open() as f:
         assert not any("variability" in row["series"] for row in csv.DictReader(f))
@@ -116,8 +134,9 @@ def test_the_same_bytes_twice(tmp_path):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda r: with_array(r, "el2n@5", None), "no array 'el2n@5'"),
-        (lambda r: with_array(r, "grand@0", None), "no array 'grand@0'"),
+        (lambda r: with_array(r, "el2n", None), "no array 'el2n'"),
+        (lambda r: with_score(r, "el2n", 5.0, None), "'el2n': the array has no epoch 5.0, it has"),
+        (lambda r: with_score(r, "grand", 0.0, None), "'grand': the array has no epoch 0"),
         (lambda r: with_array(r, "input_norm", None), "no array 'input_norm'"),
         (lambda r: with_array(r, "input_norm", np.ones(7)), "got shape \\(1, 7\\)"),
         (lambda r: with_config(r, study={"kind": "Ranking"}), "no 'study.scored_at'"),

@@ -4,7 +4,17 @@ import csv
 
 import numpy as np
 import pytest
-from made_up_scores import CLASSES, REPLICAS, SHOWN, claims_of, ranking, with_array, with_config
+from made_up_scores import (
+    CLASSES,
+    REPLICAS,
+    SHOWN,
+    claims_of,
+    ranking,
+    value,
+    with_array,
+    with_config,
+    with_score,
+)
 
 from dynamics import statistics
 from paper_figures import data_diet_examples as figure
@@ -18,7 +28,7 @@ MARKED = "wrong labels among the shown"
 
 
 def by_hand(run, values, by):
-    labels, out = run.arrays["labels"], []
+    labels, out = value(run, "labels"), []
     for c in range(CLASSES):
         mine = sorted(np.flatnonzero(labels == c), key=lambda row: by[row])
         out.append(values[mine[-SHOWN:]].mean() - values[mine[:SHOWN]].mean())
@@ -31,10 +41,10 @@ def test_the_hardest_are_all_wrong_and_the_easiest_none():
     assert list(claims) == [WRONG, AGREED, INPUTS]
     assert (claims[WRONG].effect, claims[WRONG].interval) == (1.0, (1.0, 1.0))
     assert claims[WRONG].holds and claims[WRONG].seeds == REPLICAS
-    el2n = run.arrays["el2n@5"][0].astype(float)
+    el2n = value(run, "el2n", 5.0)[0].astype(float)
     assert claims[AGREED].effect == pytest.approx(by_hand(run, el2n, el2n))
-    wrong = run.arrays["mislabelled"].astype(float)
-    expected = abs(by_hand(run, wrong, run.arrays["input_norm"]))
+    wrong = value(run, "mislabelled").astype(float)
+    expected = abs(by_hand(run, wrong, value(run, "input_norm")))
     assert claims[INPUTS].effect == pytest.approx(expected)
     assert claims[INPUTS].kind == "control"
 
@@ -43,18 +53,18 @@ def test_clean_labels_have_another_control():
     run = ranking(noise=0.0)
     claims = claims_of(figure, run)
     assert list(claims) == [AGREED, INPUTS_CLEAN, MARKED]
-    el2n = run.arrays["el2n@5"][0].astype(float)
-    expected = abs(by_hand(run, el2n, run.arrays["input_norm"]))
+    el2n = value(run, "el2n", 5.0)[0].astype(float)
+    expected = abs(by_hand(run, el2n, value(run, "input_norm")))
     assert claims[INPUTS_CLEAN].effect == pytest.approx(expected)
     assert (claims[MARKED].effect, claims[MARKED].holds) == (0.0, True)
 
 
 def test_a_score_of_noise_does_not_agree():
     run = ranking()
-    noise = np.random.default_rng(0).random(run.arrays["el2n@5"].shape).astype(np.float32)
-    run = with_array(run, "el2n@5", noise)
+    noise = np.random.default_rng(0).random(value(run, "el2n", 5.0).shape).astype(np.float32)
+    run = with_score(run, "el2n", 5.0, noise)
     mean = noise.astype(float).mean(axis=0)
-    labels = run.arrays["labels"]
+    labels = value(run, "labels")
     by_class = [[r for r in np.argsort(mean) if labels[r] == c] for c in range(CLASSES)]
     shown = np.array([[c[::-1][:SHOWN] for c in by_class], [c[:SHOWN] for c in by_class]])
     claims = claims_of(figure, with_array(run, "shown", shown))
@@ -62,7 +72,7 @@ def test_a_score_of_noise_does_not_agree():
 
 
 def test_wrong_labels_among_the_easiest_do_not_hold():
-    wrong = ranking().arrays["mislabelled"]
+    wrong = value(ranking(), "mislabelled")
     easy = ranking(hardness=np.arange(len(wrong)) / len(wrong) - wrong)
     claims = claims_of(figure, easy)
     assert (claims[WRONG].effect, claims[WRONG].holds) == (-1.0, False)
@@ -75,7 +85,7 @@ def test_the_table_names_the_examples(tmp_path):
     with paths["csv"].open() as f:
         rows = list(csv.DictReader(f))
     assert len(rows) == 2 * CLASSES * SHOWN
-    assert [int(row["index"]) for row in rows] == run.arrays["shown"].ravel().tolist()
+    assert [int(row["index"]) for row in rows] == value(run, "shown").ravel().tolist()
     hard = [row for row in rows if row["panel"] == "a"]
     assert all(row["series"] != f"true class {row['x']}" for row in hard)
     assert all(r["series"] == f"true class {r['x']}" for r in rows if r["panel"] == "b")
@@ -118,8 +128,8 @@ def test_the_same_bytes_twice(tmp_path):
         (lambda r: with_array(r, "shown", None), "no array 'shown': its data are no images"),
         (lambda r: with_array(r, "shown_images", None), r"must be images for .*got \(0,\)"),
         (lambda r: with_array(r, "shown_images", np.ones((2, 3, 2, 64))), "must be images for"),
-        (lambda r: with_array(r, "shown", r.arrays["shown"] + 80), "rows below 90"),
-        (lambda r: with_array(r, "shown", r.arrays["shown"][::-1]), "not the examples of extreme"),
+        (lambda r: with_array(r, "shown", value(r, "shown") + 80), "rows below 90"),
+        (lambda r: with_array(r, "shown", value(r, "shown")[::-1]), "not the examples of extreme"),
         (lambda r: with_array(r, "clean", None), "no array 'clean'"),
         (lambda r: with_config(r, study={"kind": "Ranking"}), "no 'study.scored_at'"),
         (lambda r: ranking(replicas=3), "score.replicas must be >= 4 .* got 3"),
@@ -135,6 +145,6 @@ def test_the_experiments_choice_is_ours():
     """The rows of extremes are those of the stable order that ``rank`` takes."""
     run = ranking(spread=0.2)
     study = figure._study([run])
-    mean = run.arrays["el2n@5"].astype(float).mean(axis=0)
-    np.testing.assert_array_equal(study.extremes(mean), run.arrays["shown"])
-    assert statistics.spearman(mean, run.arrays["el2n@5"][0]) > 0.5
+    mean = value(run, "el2n", 5.0).astype(float).mean(axis=0)
+    np.testing.assert_array_equal(study.extremes(mean), value(run, "shown"))
+    assert statistics.spearman(mean, value(run, "el2n", 5.0)[0]) > 0.5

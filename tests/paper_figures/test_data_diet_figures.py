@@ -6,7 +6,7 @@ import math
 
 import polars as pl
 import pytest
-from made_up import pruning, rescoring, timing, transfer, window, with_accuracy
+from made_up import pruning, rescoring, timing, transfer, window, with_accuracy, with_rows
 
 from dynamics import record, scores
 from paper_figures import (
@@ -42,7 +42,7 @@ def figure(request, monkeypatch):
 def test_rows_in_any_order_give_the_same_bytes(figure, tmp_path):
     module, make = figure
     runs = of(module, make)
-    mixed = [r._replace(rows=r.rows.sample(fraction=1.0, shuffle=True, seed=1)) for r in runs]
+    mixed = [with_rows(r, lambda f: f.sample(fraction=1.0, shuffle=True, seed=1)) for r in runs]
     one, _ = module.draw(runs, tmp_path / "one")
     other, _ = module.draw(mixed, tmp_path / "other")
     for suffix in one:
@@ -81,9 +81,9 @@ def test_one_run_and_one_replica_have_no_intervals(figure, tmp_path):
 def test_a_diverged_run_is_refused_in_one_line(figure, tmp_path):
     module, make = figure
     run = make()
-    bad = pl.when(pl.col("replica") == 2).then(math.nan).otherwise(pl.col("test_accuracy"))
-    with pytest.raises(ValueError, match=r"data_diet run \w+: test_acc.*got nan .*diverged") as e:
-        module.draw([run._replace(rows=run.rows.with_columns(test_accuracy=bad))], tmp_path)
+    bad = pl.when(pl.col("replica") != 2).then(pl.col("test_accuracy"))
+    with pytest.raises(ValueError, match=r"data_diet run \w+: test_acc.*got None .*diverged") as e:
+        module.draw([with_rows(run, lambda f: f.with_columns(test_accuracy=bad))], tmp_path)
     assert "\n" not in str(e.value)
     with pytest.raises(ValueError, match=r"test_accuracy must be in \[0, 1\], got -0.5"):
         module.draw([with_accuracy(run, -0.5)], tmp_path)
@@ -93,9 +93,8 @@ def test_a_diverged_run_is_refused_in_one_line(figure, tmp_path):
 def test_a_stored_run_is_drawn_from_its_directory(figure, tmp_path):
     module, make = figure
     run = make()
-    columns = {name: run.rows[name].to_numpy() for name in run.rows.columns}
     recorder = record.Recorder(tmp_path / "data_diet" / run.fingerprint, run.config)
-    recorder.finish(record.Table(columns, run.arrays))
+    recorder.finish(record.Findings(run.frames, run.arrays))
     path = record.runs(tmp_path, module.EXPERIMENT)[-1]
     assert module.measure([record.read(path)]) == module.measure([run])
 

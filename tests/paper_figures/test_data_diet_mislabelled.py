@@ -7,10 +7,22 @@ import math
 import numpy as np
 import polars as pl
 import pytest
-from made_up_scores import REPLICAS, N, claims_of, ranking, with_array, with_config
+from made_up import with_rows
+from made_up_scores import (
+    REPLICAS,
+    N,
+    claims_of,
+    ranking,
+    scored,
+    value,
+    with_array,
+    with_config,
+    with_score,
+)
 
 from dynamics import statistics
 from paper_figures import data_diet_mislabelled as figure
+from paper_figures.data_diet_scores import Score
 
 EL2N = f"AUC of EL2N after 5 epochs, averaged over {REPLICAS} runs"
 SINGLE = "AUC of EL2N after 5 epochs, of one run"
@@ -27,15 +39,15 @@ def test_scores_that_rank_wrong_labels_first_have_an_area_of_one():
         assert (claim.effect, claim.interval, claim.kind) == (1.0, (1.0, 1.0), "claim")
         assert claim.holds and claim.seeds == REPLICAS
     assert all(claims[quantity].kind == "control" for quantity in CONTROLS)
-    wrong = ranking().arrays["mislabelled"]
-    off = abs(statistics.auc(ranking().arrays["input_norm"], wrong) - 0.5)
+    wrong = value(ranking(), "mislabelled")
+    off = abs(statistics.auc(value(ranking(), "input_norm"), wrong) - 0.5)
     assert claims[CONTROLS[1]].effect == pytest.approx(off)
     assert claims[CONTROLS[0]].effect == pytest.approx(off)  # the same order
 
 
 def test_a_known_part_is_found():
     """Of 18 wrong labels, 2 the easiest of all: each is below all 72 right ones."""
-    wrong = ranking().arrays["mislabelled"]
+    wrong = value(ranking(), "mislabelled")
     hardness = np.where(wrong, 2.0, 1.0) + np.arange(N) / (10 * N)
     hardness[np.flatnonzero(wrong)[:2]] = [0.1, 0.2]
     claims = claims_of(figure, ranking(hardness=hardness))
@@ -46,31 +58,35 @@ def test_a_known_part_is_found():
 
 def test_scores_turned_round_and_shuffled_do_not_hold():
     run = ranking()
-    turned = with_array(run, "aum@20", -run.arrays["aum@20"])
+    turned = with_score(run, "aum", 20.0, -value(run, "aum", 20.0))
     failed = [q for q, claim in claims_of(figure, turned).items() if not claim.holds]
     assert failed == [AUM]
-    shuffled = run.arrays["el2n@5"][:, np.random.default_rng(1).permutation(N)]
-    claims = claims_of(figure, with_array(run, "el2n@5", shuffled))
+    shuffled = value(run, "el2n", 5.0)[:, np.random.default_rng(1).permutation(N)]
+    claims = claims_of(figure, with_score(run, "el2n", 5.0, shuffled))
     assert [q for q, claim in claims.items() if not claim.holds] == [EL2N]
 
 
 def test_controls_that_know_the_labels_do_not_hold():
     run = ranking()
-    for name, quantity in zip(("grand@0", "input_norm", "vog@20"), CONTROLS, strict=True):
-        tracin = run.arrays["tracin"]
-        told = with_array(run, name, tracin[0] if name == "input_norm" else tracin)
-        assert [q for q, c in claims_of(figure, told).items() if not c.holds] == [quantity]
+    tracin = value(run, "tracin")
+    told = (
+        with_score(run, "grand", 0.0, tracin),
+        with_array(run, "input_norm", tracin[0]),
+        with_score(run, "vog", 20.0, tracin),
+    )
+    for one, quantity in zip(told, CONTROLS, strict=True):
+        assert [q for q, c in claims_of(figure, one).items() if not c.holds] == [quantity]
 
 
 def test_never_learned_is_hardest_and_never_shown_counts_for_nothing():
     run = ranking()
-    wrong = run.arrays["mislabelled"]
+    wrong = value(run, "mislabelled")
     forgetting = np.where(wrong, np.inf, np.arange(N) % 3).astype(np.float32)
     forgetting = np.tile(forgetting, (REPLICAS, 1))
     forgetting[0] = np.nan  # this run was shown nothing yet
-    changed = with_array(run, "forgetting@5", forgetting)
+    changed = with_score(run, "forgetting", 5.0, forgetting)
     study = figure._study(changed)
-    assert study.auc("forgetting@5").mean == 1.0
+    assert study.auc(Score("forgetting", 5.0)).mean == 1.0
 
 
 def test_the_curve_goes_through_ties_in_straight_lines():
@@ -110,7 +126,7 @@ def test_two_levels_of_noise_are_two_rows(tmp_path):
 
 def test_the_same_bytes_twice_and_in_any_order(tmp_path):
     run = ranking(spread=0.3)
-    shuffled = run._replace(rows=run.rows.sample(fraction=1.0, shuffle=True, seed=1))
+    shuffled = with_rows(run, lambda rows: rows.sample(fraction=1.0, shuffle=True, seed=1))
     one, _ = figure.draw([run], tmp_path / "one")
     other, _ = figure.draw([shuffled], tmp_path / "other")
     for suffix in one:
@@ -124,10 +140,9 @@ def test_one_run_has_no_intervals(tmp_path):
 
 
 def test_scores_not_asked_for_are_left_out(tmp_path):
-    run = ranking()
-    for name in list(run.arrays):
-        if name.partition("@")[0] in ("vog", "pvi") or name == "grand@0":
-            run = with_array(run, name, None)
+    run = with_score(ranking(), "grand", 0.0, None)
+    for name in ("vog", "pvi"):
+        run = with_array(run, name, None)
     _, claims = figure.draw([run], tmp_path)
     assert [c.quantity for c in claims if c.kind == "control"] == [CONTROLS[1]]
 
@@ -135,16 +150,19 @@ def test_scores_not_asked_for_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda r: with_array(r, "el2n@5", None), "no array 'el2n@5'"),
-        (lambda r: with_array(r, "aum@5", None), "no array 'aum@5'"),
+        (lambda r: with_score(r, "el2n", 5.0, None), "'el2n': the array has no epoch 5.0"),
+        (lambda r: with_score(r, "aum", 5.0, None), "'aum': the array has no epoch 5.0"),
         (lambda r: with_array(r, "tracin", None), "no array 'tracin'"),
         (lambda r: with_array(r, "mislabelled", None), r"'mislabelled' must be bool\[90\], got no"),
         (lambda r: with_array(r, "mislabelled", np.ones(90, bool)), "got 90 wrong of 90"),
-        (lambda r: with_array(r, "loss@5", np.ones((2, 90))), "6 replicas and 90 examples, got"),
-        (lambda r: with_array(r, "diverged", np.arange(6.0)), "scoring replica 0 diverged"),
+        (lambda r: with_array(r, "loss", np.ones((4, 2, 90))), "6 replicas and 90 examples, got"),
+        (lambda r: with_rows(r, lambda _: scored(6, 3), "scored"), "scoring replica 0 diverged"),
         (lambda r: with_config(r, score={}), "no 'score.epochs' in its config"),
-        (lambda r: r._replace(rows=r.rows.drop("auc")), "no column 'auc'"),
-        (lambda r: r._replace(rows=r.rows.filter(pl.col("replica") != 2)), "each of 6 replicas"),
+        (lambda r: with_rows(r, lambda rows: rows.drop("auc")), "no column 'auc'"),
+        (
+            lambda r: with_rows(r, lambda rows: rows.filter(pl.col("replica") != 2)),
+            "each of 6 replicas",
+        ),
     ],
 )
 def test_what_a_run_lacks_is_named(tmp_path, broken, message):

@@ -59,7 +59,8 @@ def test_an_effect_below_the_gate_does_not_hold():
 @pytest.mark.parametrize("name", ["grand", "grand_init"])
 def test_shuffled_scores_do_not_hold(name):
     run = pruning()
-    run.arrays[name] = run.arrays[name][:, np.random.default_rng(1).permutation(EXAMPLES)]
+    mixed = run.arrays[name].values[:, np.random.default_rng(1).permutation(EXAMPLES)]
+    run = made_up.with_array(run, name, mixed)
     claims = claims_of(data_diet_pruning, run)
     about = "GraNd at init, input norm" if name == "grand_init" else "EL2N, GraNd"
     assert failed(claims) == [next(q for q in claims if about in q)]
@@ -126,7 +127,7 @@ def lacking(array, value=None):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda r: r._replace(rows=r.rows.drop("replica")), "no column 'replica'"),
+        (lambda r: made_up.with_rows(r, lambda f: f.drop("replica")), "no column 'replica'"),
         (lambda r: made_up.without_rows(r, method="random"), "no rows for method 'random'"),
         (lambda r: made_up.without_rows(r, method="full"), "no rows for .*'full', fraction 1$"),
         (
@@ -137,11 +138,14 @@ def lacking(array, value=None):
             lambda r: made_up.without_rows(r, method="grand_hard", replica=2, fraction=0.3),
             "need the same replicas everywhere",
         ),
-        (lambda r: r._replace(rows=pl.concat([r.rows, r.rows[:1]])), "two rows for method 'full'"),
+        (
+            lambda r: made_up.with_rows(r, lambda f: pl.concat([f, f[:1]])),
+            "two rows for method 'full'",
+        ),
         (lambda r: made_up.with_accuracy(r, 97.0), r"must be in \[0, 1\], got 97.0 for .*'full'"),
         (lambda r: made_up.with_study(r, methods=["depth_hard"]), "no name for .* 'depth_hard'"),
         (lambda r: made_up.with_study(r, scored_at=None), "no 'study.scored_at' in its config"),
-        (lambda r: made_up.with_study(r, kind="Timing"), r"no rows of stage 'timing', .*'pruning'"),
+        (lambda r: made_up.with_study(r, kind="Timing"), r"no frame 'timing', .*'pruning'"),
         (lambda r: r._replace(config={"noise": 0.0}), "no 'study.kind' in its config"),
         (lacking("grand"), "no array 'grand'; it has .*'el2n'"),
         (lacking("el2n", np.ones(5)), r"'el2n' must be finite with 2 axes"),

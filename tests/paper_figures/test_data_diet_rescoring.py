@@ -59,7 +59,7 @@ def test_runs_that_differ_before_the_first_choice_do_not_hold():
     run = rescoring()
     early = (pl.col("method") == "again") & (pl.col("epoch") == 2.0) & (pl.col("replica") == 1)
     lower = pl.when(early).then(pl.col("test_accuracy") - 0.01).otherwise(pl.col("test_accuracy"))
-    claims = claims_of(data_diet_rescoring, run._replace(rows=run.rows.with_columns(lower)))
+    claims = claims_of(data_diet_rescoring, made_up.with_rows(run, lambda f: f.with_columns(lower)))
     assert failed(claims) == [WARM]
     assert claims[WARM].effect == pytest.approx(0.25)
 
@@ -79,7 +79,7 @@ def test_the_overlap_is_drawn_of_the_choices_that_have_one_before(tmp_path):
     [
         (lambda r: made_up.without_rows(r, method="once"), "no rows for method 'once', epoch 2"),
         (lambda r: made_up.without_rows(r, method="full"), "no rows for method 'full'"),
-        (lambda r: r._replace(rows=r.rows.drop("overlap")), "no column 'overlap'"),
+        (lambda r: made_up.with_rows(r, lambda f: f.drop("overlap")), "no column 'overlap'"),
         (lambda r: made_up.with_study(r, every=None), "no 'study.every' in its config"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import made_up
 import numpy as np
+import polars as pl
 import pytest
 from made_up import TRANSFER, claims_of, expected, failed, transfer
 
@@ -56,7 +57,7 @@ def test_another_effect_does_not_hold(noise, cell, points, what):
 
 def test_other_orders_do_not_hold():
     run = transfer()
-    run.arrays["el2n_rate"] = run.arrays["el2n_rate"][:, ::-1]
+    run = made_up.with_array(run, "el2n_rate", run.arrays["el2n_rate"].values[:, ::-1])
     claims = claims_of(data_diet_transfer, run)
     assert failed(claims) == [RANKS.format("learning rate")]
     assert claims[RANKS.format("learning rate")].effect == pytest.approx(-1)
@@ -64,9 +65,9 @@ def test_other_orders_do_not_hold():
 
 def test_the_diagonal_is_between_halves_of_the_replicas():
     run = transfer()
-    score = run.arrays["el2n_own"][:1]
-    run.arrays["el2n_own"] = np.concatenate([score, score, -score, -score])
-    study = data_diet_transfer._study(run)
+    score = run.arrays["el2n_own"].values[:1]
+    turned = np.concatenate([score, score, -score, -score])
+    study = data_diet_transfer._study(made_up.with_array(run, "el2n_own", turned))
     assert study.ranks("own", "own").mean == pytest.approx(-1)
     assert study.ranks("model", "model").mean == pytest.approx(1)
 
@@ -84,7 +85,9 @@ def test_the_diagonal_is_between_halves_of_the_replicas():
             r"same replicas of the same examples, got .*'el2n_model': \(2, 60\)",
         ),
         (
-            lambda r: made_up.with_array(r, "diverged", np.array([np.inf, 7.0, np.inf, np.inf])),
+            lambda r: made_up.with_rows(
+                r, lambda f: f.with_columns(diverged=pl.Series([None, 7, None, None])), "scored"
+            ),
             "scoring replica 1 diverged",
         ),
         (lambda r: made_up.with_study(r, learning_rate=None), "no 'study.learning_rate' in its"),

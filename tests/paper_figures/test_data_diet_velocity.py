@@ -3,13 +3,12 @@
 import csv
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+from made_up import run_of, with_rows
 
-from dynamics import record
 from paper_figures import data_diet_velocity as figure
 
 REPLICAS, GROUPS, EPOCHS = 5, 9, 3
@@ -25,13 +24,13 @@ WRONG = (0.0,) * 6 + (0.02, 0.96, 1.0)
 def made_up(shape, wrong=(0.0,) * GROUPS, noise=0.0, replicas=REPLICAS, control=(1.0,) * GROUPS):
     """Velocity 0.01 / epoch, another factor for each replica, times ``shape`` of the group."""
     rows = [
-        ("velocity", order, epoch, RANKS[g], 0.1 * g, wrong[g], k, 0.01 / epoch * (1 + k) * factor)
+        (order, epoch, RANKS[g], 0.1 * g, wrong[g], k, 0.01 / epoch * (1 + k) * factor)
         for order, factors in (("el2n", shape), ("random", control))
         for g, factor in enumerate(factors)
         for epoch in range(1, EPOCHS + 1)
         for k in range(replicas)
     ]
-    names = ["stage", "order", "epoch", "rank", "el2n", "mislabelled", "replica", "velocity"]
+    names = ["order", "epoch", "rank", "el2n", "mislabelled", "replica", "velocity"]
     config = {
         "kind": "Config",
         "data": {"kind": "DataConfig", "source": "digits"},
@@ -40,16 +39,8 @@ def made_up(shape, wrong=(0.0,) * GROUPS, noise=0.0, replicas=REPLICAS, control=
         "noise": noise,
     }
     arrays = {"index": np.arange(100, dtype=np.int32)}
-    table = pl.DataFrame(rows, schema=names, orient="row")
-    return record.Run(
-        Path("runs/data_diet/made-up"),
-        f"{round(100 * noise):016x}",
-        config,
-        {},
-        table,
-        arrays,
-        True,
-    )
+    frames = {"velocity": pl.DataFrame(rows, schema=names, orient="row")}
+    return run_of("data_diet", config, frames, arrays, f"{round(100 * noise):016x}")
 
 
 RISING = tuple(2.0 ** (g / (GROUPS - 1)) for g in range(GROUPS))  # twice, straight in logarithms
@@ -91,7 +82,7 @@ def test_most_runs_are_not_every_run():
     run = made_up(RISING)
     here = (pl.col("replica") == 2) & (pl.col("rank") > 0.9) & (pl.col("order") == "el2n")
     one = pl.col("velocity") * pl.when(here).then(0.4).otherwise(1.0)
-    claims = claims_of(run._replace(rows=run.rows.with_columns(velocity=one)))
+    claims = claims_of(with_rows(run, lambda rows: rows.with_columns(velocity=one)))
     assert claims[RISE].effect == pytest.approx(2 * 0.4 ** (1 / REPLICAS))
     assert claims[EACH].effect == pytest.approx(1 - 1 / REPLICAS)
     assert claims[RISE].holds and not claims[EACH].holds
@@ -134,7 +125,7 @@ def test_the_table_holds_the_numbers_drawn(tmp_path):
 
 def test_rows_in_any_order_give_the_same_bytes(tmp_path):
     run = made_up(PEAK, WRONG, noise=0.2)
-    shuffled = run._replace(rows=run.rows.sample(fraction=1.0, shuffle=True, seed=1))
+    shuffled = with_rows(run, lambda rows: rows.sample(fraction=1.0, shuffle=True, seed=1))
     one, _ = figure.draw([run], tmp_path / "one")
     other, _ = figure.draw([shuffled], tmp_path / "other")
     for suffix in one:
@@ -142,20 +133,20 @@ def test_rows_in_any_order_give_the_same_bytes(tmp_path):
 
 
 def change(run, column, value):
-    return run._replace(rows=run.rows.with_columns(pl.lit(value).alias(column)))
+    return with_rows(run, lambda rows: rows.with_columns(pl.lit(value).alias(column)))
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (lambda r: r._replace(rows=r.rows.drop("velocity")), "no column 'velocity'"),
-        (lambda r: r._replace(rows=r.rows.drop("mislabelled")), "no column 'mislabelled'"),
-        (lambda r: change(r, "velocity", math.nan), "got nan for rank .* diverged"),
+        (lambda r: with_rows(r, lambda f: f.drop("velocity")), "no column 'velocity'"),
+        (lambda r: with_rows(r, lambda f: f.drop("mislabelled")), "no column 'mislabelled'"),
+        (lambda r: change(r, "velocity", None), "got None for rank .* diverged"),
         (lambda r: change(r, "velocity", 0.0), "velocity must be above 0"),
         (lambda r: change(r, "mislabelled", 1.0), "of lowest EL2N must have right labels"),
         (lambda r: change(r, "mislabelled", 3.0), r"one part in \[0, 1\] for each group"),
-        (lambda r: r._replace(rows=r.rows.filter(pl.col("rank") < 0.3)), "4 groups .* got 3"),
-        (lambda r: r._replace(rows=r.rows[:-1]), "same replicas everywhere"),
+        (lambda r: with_rows(r, lambda f: f.filter(pl.col("rank") < 0.3)), "4 groups .* got 3"),
+        (lambda r: with_rows(r, lambda f: f[:-1]), "same replicas everywhere"),
         (lambda r: r._replace(config={"study": r.config["study"]}), "no '.*' in its config"),
     ],
 )

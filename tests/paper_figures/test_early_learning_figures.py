@@ -3,15 +3,12 @@
 import csv
 import itertools
 import math
-from pathlib import Path
 
 import made_up
 import numpy as np
-import polars as pl
 import pytest
-from made_up import claims_of, failed
+from made_up import claims_of, failed, run_of, with_rows
 
-from dynamics import record
 from paper_figures import (
     draw,
     early_learning_grid,
@@ -52,15 +49,12 @@ USUAL = {
 }
 
 
-def made(stage, rows, **study):
+def made(name, rows, **study):
     """A run of rows that each replica has."""
-    rows = [{"stage": stage, **row, "replica": s} for row in rows for s in range(REPLICAS)]
-    config = CONFIG | {"study": {"kind": stage.capitalize(), **study}}
+    rows = [{**row, "replica": s} for row in rows for s in range(REPLICAS)]
+    config = CONFIG | {"study": {"kind": name.capitalize(), **study}}
     arrays = {"index": np.arange(60, dtype=np.int32)}
-    table = pl.DataFrame(rows)
-    return record.Run(
-        Path("runs/early_learning/made-up"), "00c0ffee", config, {}, table, arrays, done=True
-    )
+    return run_of("early_learning", config, {name: rows}, arrays)
 
 
 def curves(**changed):
@@ -79,7 +73,7 @@ def rates(**at_40):
     found = {"ce": 0.7, "gce": 0.9, "sce": 0.85, "elr": 0.95, "elr_plus": 0.96} | at_40
     rows = []
     for (method, accuracy), rate in itertools.product(found.items(), (0.0, 0.4)):
-        part = math.nan if not rate else 0.5
+        part = None if not rate else 0.5
         value = accuracy if rate else 0.98
         rows.append(
             {"method": method, "rate": rate, "test_accuracy": value, "wrong_memorised": part}
@@ -123,7 +117,7 @@ def figure(request, monkeypatch):
 def test_rows_in_any_order_give_the_same_bytes(figure, tmp_path):
     module, make = figure
     run = make()
-    mixed = run._replace(rows=run.rows.sample(fraction=1.0, shuffle=True, seed=1))
+    mixed = with_rows(run, lambda frame: frame.sample(fraction=1.0, shuffle=True, seed=1))
     one, claims = module.draw([run], tmp_path / "one")
     other, _ = module.draw([mixed], tmp_path / "other")
     for suffix in one:

@@ -3,15 +3,12 @@
 import csv
 import json
 import math
-from pathlib import Path
 
 import made_up
 import numpy as np
-import polars as pl
 import pytest
 from made_up import claims_of, failed
 
-from dynamics import record
 from paper_figures import early_learning_basin, early_learning_theory, self_distillation
 
 REPLICAS = 3
@@ -38,16 +35,7 @@ AT_PEAK = "wrong-labelled given the true label, at the peak"
 
 def run_of(kind, rows, arrays, study):
     config = {"kind": "Config", "study": {"kind": kind, **study}, "seed": 0}
-    rows = {"stage": [kind.lower()] * len(next(iter(rows.values()))), **rows}
-    return record.Run(
-        Path("runs/early_learning_theory/made-up"),
-        "00c0ffee",
-        config,
-        {},
-        pl.DataFrame(rows),
-        arrays,
-        True,
-    )
+    return made_up.run_of("early_learning_theory", config, {kind.lower(): rows}, arrays)
 
 
 def phases(changed=None):
@@ -56,14 +44,14 @@ def phases(changed=None):
     for key, metrics in PHASES.items():
         values = metrics | (changed or {}).get(key, {})
         rows += [
-            {"dim": key[0], "elr_lambda": key[1], "step": float(step), "replica": replica}
+            {"dim": key[0], "elr_lambda": key[1], "step": step, "replica": replica}
             | {name: float(found[i]) for name, found in values.items()}
             for i, step in enumerate(STEPS)
             for replica in range(REPLICAS)
         ]
     study = {"lambdas": [0.0, 1.0, 3.0], "dim": 380, "control": 100, "examples": 400, "flip": 0.4,
              "sigma": 0.2}  # fmt: skip
-    return run_of("Phases", {n: [r[n] for r in rows] for n in rows[0]}, {}, study)
+    return run_of("Phases", rows, {}, study)
 
 
 def basin(measured=None, true=None):
@@ -78,9 +66,12 @@ def basin(measured=None, true=None):
             rows.append({"case": case, "elr_lambda": e, "measured": found, "predicted": predicted})
     ends = np.array([[0, 0, 0], [0, 0, 1], [0, 1, 1]]) if true is None else true
     path = np.linspace(np.broadcast_to(starts, (3, 3)), ends, len(steps), axis=-1)
-    arrays = {"lambdas": lambdas, "starts": starts, "steps": steps, "true_two_classes": path}
+    true = made_up.array_of(
+        np.moveaxis(path, -1, 0)[None], ("case", "step", "elr_lambda", "start"),
+        case=["two classes"], step=steps, elr_lambda=lambdas, start=starts,
+    )  # fmt: skip
     study = {"classes": 10, "learning_rate": 0.02, "beta": 0.7}
-    return run_of("Basin", {n: [r[n] for r in rows] for n in rows[0]}, arrays, study)
+    return run_of("Basin", rows, {"true": true}, study)
 
 
 LOSS = {0.0: (0.3, 0.2, 0.4), 0.35: (0.3, 0.25, 0.2), 1.0: (0.3, 0.3, 0.3)}
@@ -92,20 +83,20 @@ def distillation(loss=None, best=(0.3, 0.2, 0.15), training=2.5):
     rows = []
     for replica in range(REPLICAS):
         for alpha, values in (LOSS | (loss or {})).items():
-            cells = [("fixed", alpha, t + 1.0, value, math.nan) for t, value in enumerate(values)]
-            cells.append(("limit", alpha, math.inf, LIMIT[alpha], math.nan))
+            cells = [("fixed", alpha, t + 1, value, None) for t, value in enumerate(values)]
+            cells.append(("limit", alpha, None, LIMIT[alpha], None))
             rows += [(*cell, replica) for cell in cells]
         for t, value in enumerate(best):
-            weight = (math.nan, 0.2, 0.3)[t]
-            rows.append(("best", weight, t + 1.0, value, training if t else math.nan, replica))
+            weight = (None, 0.2, 0.3)[t]
+            rows.append(("best", weight, t + 1, value, training if t else None, replica))
     names = ("method", "alpha", "step", "loss", "training", "replica")
     d = np.array([2.0, 1.0, 0.5])
     a = d / (d + 0.2)
     left = np.stack([a ** np.arange(1, 4)[:, None]] + [np.stack([a] * 3)] * 2)
     study = {"alphas": [0.0, 0.35, 1.0], "examples": 3, "noise": 0.5, "ridge": 0.2, "gamma": 80.0,
              "steps": 3}  # fmt: skip
-    columns = {n: list(v) for n, v in zip(names, zip(*rows, strict=True), strict=True)}
-    return run_of("Distillation", columns, {"shrinkage": left, "eigenvalues": d}, study)
+    rows = [dict(zip(names, row, strict=True)) for row in rows]
+    return run_of("Distillation", rows, {"shrinkage": left, "eigenvalues": d}, study)
 
 
 FIGURES = {
@@ -290,7 +281,7 @@ def test_what_is_drawn_is_written(tmp_path, name):
         ),
         (
             "early_learning_theory",
-            lambda r: r._replace(rows=r.rows.drop("cosine")),
+            lambda r: made_up.with_rows(r, lambda frame: frame.drop("cosine")),
             "no column 'cosine'",
         ),
         (
@@ -300,17 +291,17 @@ def test_what_is_drawn_is_written(tmp_path, name):
         ),
         (
             "early_learning_basin",
-            lambda r: made_up.with_array(r, "true_two_classes", np.zeros((3, 3, 9))),
-            r"lambdas, starts and steps, \(3, 3, 4\), got \(3, 3, 9\)",
+            lambda r: made_up.with_array(r, "true", r.arrays["true"].renamed(step="time")),
+            r"'true' must have the dims case and .*, got \('case', 'time', ",
         ),
         (
             "self_distillation",
             lambda r: made_up.without_rows(r, method="limit", alpha=0.35),
-            "no rows for method 'limit', alpha 0.35, step inf",
+            "no rows for method 'limit', alpha 0.35, step None",
         ),
         (
             "self_distillation",
-            lambda r: made_up.without_rows(r, method="best", step=3.0),
+            lambda r: made_up.without_rows(r, method="best", step=3),
             r"needs rows of method 'best' for steps \[1, 2, 3\]",
         ),
         (

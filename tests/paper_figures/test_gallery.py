@@ -7,7 +7,7 @@ import subprocess
 import sys
 import types
 
-import numpy as np
+import polars as pl
 import pytest
 
 from dynamics import record
@@ -33,7 +33,7 @@ def stored(runs, number, **config):
     """A finished run whose fingerprint is a number."""
     path = runs / "made_up" / f"{number:016x}"
     recorder = record.Recorder(path, {"kind": "Config", "value": number, **config})
-    recorder.finish(record.Table({"x": np.array([1.0])}, {}))
+    recorder.finish(record.Findings({"one": pl.DataFrame({"x": [1.0]})}))
     return path
 
 
@@ -151,7 +151,7 @@ def test_an_experiment_stands_for_the_figures_that_have_a_run(tmp_path, studies,
     )
 
 
-def test_older_layouts_are_skipped_with_one_line_each(tmp_path, studies, capsys):
+def test_what_has_no_study_and_what_was_changed_is_skipped_with_one_line(tmp_path, studies, capsys):
     older = stored(tmp_path / "runs", 1, prune={"kind": "Prune"}, noise=0.0)
     broken = stored(tmp_path / "runs", 2, study={"kind": "One"}, noise=0.0)
     (broken / "config.json").write_text("{")
@@ -159,10 +159,27 @@ def test_older_layouts_are_skipped_with_one_line_each(tmp_path, studies, capsys)
     assert main(tmp_path) == 0
     assert fingerprints(tmp_path) == {"one": [3]}
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(": ")[0:2] for line in lines] == [
-        [str(older), "skipped"], [str(broken), "skipped"]
-    ]  # fmt: skip
-    assert "KeyError: 'study'" in lines[0]
+    assert len(lines) == 2
+    assert lines[0].startswith(f"skipped: {older}") and "KeyError: 'study'" in lines[0]
+    assert lines[1].startswith(f"skipped: {broken / 'config.json'} was changed after it was")
+
+
+@pytest.mark.parametrize("number", [None, 1, 3])
+def test_runs_of_another_format_are_skipped_with_the_sentence_that_names_it(
+    number, tmp_path, studies, capsys
+):
+    other = stored(tmp_path / "runs", 1, study={"kind": "One"}, noise=0.0)
+    made = json.loads((other / "provenance.json").read_text())
+    made.pop("format")
+    made |= {} if number is None else {"format": number}
+    (other / "provenance.json").write_text(json.dumps(made))
+    stored(tmp_path / "runs", 3, study={"kind": "One"}, noise=0.0)
+    assert main(tmp_path) == 0
+    assert fingerprints(tmp_path) == {"one": [3]}
+    assert capsys.readouterr().err == (
+        f"skipped: {other} has format {number or 1}, this version reads format {record.FORMAT}: "
+        "compute it again, in another folder or after removing it\n"
+    )
 
 
 def test_every_figure_in_the_folder_is_found():

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dynamics import statistics
+from dynamics import record, statistics
 from paper_figures import data_diet, reading
 
 
@@ -15,7 +15,7 @@ def test_cells_hold_each_replica_in_order():
     cells = reading.cells(made_up.window(), "method", "dropped")
     assert cells.replicas == made_up.REPLICAS
     np.testing.assert_allclose(cells.of("window", 0.1), [81, 82, 83, 84])
-    np.testing.assert_allclose(cells.of("random", math.nan), [80, 81, 82, 83])
+    np.testing.assert_allclose(cells.of("random", None), [80, 81, 82, 83])
     assert cells.places(method="window") == made_up.DROPPED
     assert cells.has("easy", None) and not cells.has("window", 0.11)
     assert cells.paired(("window", 0.1), ("random", None)).mean == pytest.approx(1)
@@ -24,10 +24,10 @@ def test_cells_hold_each_replica_in_order():
 
 def test_other_columns_and_ranges():
     run = made_up.rescoring()
-    with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\], got nan .*epoch 2"):
+    with pytest.raises(ValueError, match=r"overlap must be in \[0, 1\], got None .*epoch 2"):
         reading.cells(run, "method", "epoch", of="overlap")
-    late = run._replace(rows=run.rows.filter((pl.col("epoch") > 2) & (pl.col("method") != "full")))
-    cells = reading.cells(late, "method", "epoch", of="overlap", times=1.0)
+    late = reading.frame(run).filter((pl.col("epoch") > 2) & (pl.col("method") != "full"))
+    cells = reading.cells(run, "method", "epoch", rows=late, of="overlap", times=1.0)
     assert cells.of("again", 5.0).tolist() == [0.25] * made_up.REPLICAS
 
 
@@ -51,6 +51,18 @@ def test_the_correlation_is_of_the_averages_and_stays_in_its_range():
     assert data_diet.correlation(a[:1], b[None])[1:] == (-math.inf, math.inf)
 
 
+def test_an_array_is_read_whole_or_at_a_label():
+    epochs = {"epoch": np.array([0.0, 5.0])}
+    score = record.Array(np.arange(6.0).reshape(2, 3), ("epoch", "example"), epochs)
+    run = made_up.with_array(made_up.window(), "el2n", score)
+    assert reading.array(run, "el2n", 2).shape == (2, 3)
+    assert reading.array(run, "el2n", 1, epoch=5.0).tolist() == [3, 4, 5]
+    with pytest.raises(ValueError, match=r"data_diet run \w+: 'el2n': the array has no epoch 1.0"):
+        reading.array(run, "el2n", 1, epoch=1.0)
+    with pytest.raises(ValueError, match=r"with 2 axes, got shape \(3,\)"):
+        reading.array(run, "el2n", 2, epoch=0.0)
+
+
 def test_words():
     assert reading.count(1.0, "epoch") == "1 epoch"
     assert reading.count(0.5, "epoch") == "0.5 epochs"
@@ -64,5 +76,5 @@ def test_cells_without_a_class_are_named():
     assert data_diet.bereft(run, "method", "dropped") == set()
     easy = (pl.col("method") == "easy") & (pl.col("replica") == 1)
     rarest = pl.when(easy).then(0).otherwise(pl.col("rarest")).alias("rarest")
-    run = run._replace(rows=run.rows.with_columns(rarest))
+    run = made_up.with_rows(run, lambda frame: frame.with_columns(rarest))
     assert data_diet.bereft(run, "method", "dropped") == {("easy", None)}

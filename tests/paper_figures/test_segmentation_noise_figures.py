@@ -2,15 +2,12 @@
 
 import csv
 import math
-from pathlib import Path
 
 import made_up
 import numpy as np
-import polars as pl
 import pytest
-from made_up import claims_of, failed
+from made_up import array_of, claims_of, failed, run_of, with_rows
 
-from dynamics import record
 from paper_figures import (
     draw,
     segmentation_noise_correction,
@@ -38,12 +35,12 @@ def rows_of(method, at, above, onsets, replica):
         values = {name: value + above.get(name, 0.0) for name, value in BASE.items()}
         if epoch == EPOCHS // 2:
             values |= {"correct": 0.85, "memorised": 0.1}
-        row = {"method": method, "at": at, "replica": replica, "epoch": float(epoch)}
+        row = {"method": method, "at": at, "replica": replica, "epoch": epoch}
         row |= {name: values[name] for name in ("label_accuracy", "train_iou", "test_iou")}
         for c, onset in onsets.items():
             row |= {f"correct.{c}": values["correct"], f"memorised.{c}": values["memorised"]}
             row |= {f"other.{c}": 0.0, f"iou.{c}": 0.6 * (1 - math.exp(-0.5 * epoch))}
-            row |= {f"onset.{c}": onset if onset <= epoch else math.inf}
+            row |= {f"onset.{c}": onset if onset <= epoch else None}
         rows.append(row)
     return rows
 
@@ -51,9 +48,8 @@ def rows_of(method, at, above, onsets, replica):
 def made(kind, rows, arrays, **study):
     config = {"kind": "Config", "epochs": EPOCHS, "among": "active",
               "model": {"kind": "Unet", "width": 8}, "study": {"kind": kind, **study}}  # fmt: skip
-    table = pl.DataFrame([{"stage": kind.lower(), **row} for row in rows])
     arrays = {"index": np.arange(30, dtype=np.int32), **arrays}
-    return record.Run(Path("runs/made_up/x"), "00c0ffee", config, {}, table, arrays, done=True)
+    return run_of("segmentation_noise", config, {kind.lower(): rows}, arrays)
 
 
 def comparison(methods=METHODS, onsets=(2, 5), **changed):
@@ -63,26 +59,30 @@ def comparison(methods=METHODS, onsets=(2, 5), **changed):
         above = AT_THE_END.get(method, {}) | changed.get(method, {})
         when = dict(zip((1, 2), onsets, strict=True)) if "adele" in method else {1: 99, 2: 99}
         for replica in range(REPLICAS):
-            rows += rows_of(method, math.nan, above, when, replica)
+            rows += rows_of(method, None, above, when, replica)
     masks = np.zeros((3, 12, 12), np.int32)
     masks[:, 2:6, 2:6], masks[:, 8:10, 8:10] = 1, 2
-    fit = np.tile([0.0, 0.6, 0.5, 1.0], (len(methods), REPLICAS, 2, 1))
+    fit = np.empty((len(methods), REPLICAS, 2, 4))
+    fit[:] = [0.0, 0.6, 0.5, 1.0]
     fit[0, :, 1] = np.nan
+    of_cells = ("cell", "image", "y", "x")
     arrays = {
-        "fit": fit,
+        "fit": array_of(
+            fit, ("cell", "replica", "class", "parameter"), **{"cell": methods, "class": (1, 2)}
+        ),
         "shown_images": np.random.default_rng(0).normal(size=masks.shape).astype(np.float32),
         "shown_clean": masks,
         "shown_labels": np.roll(masks, 1, axis=1),
-        "shown_corrected": np.stack([masks] * len(methods)),
-        "shown_predicted": np.stack([masks] * len(methods)),
+        "shown_corrected": array_of(np.stack([masks] * len(methods)), of_cells, cell=methods),
+        "shown_predicted": array_of(np.stack([masks] * len(methods)), of_cells, cell=methods),
     }
     return made("Comparison", rows, arrays, methods=list(methods))
 
 
 def timing(at=None, adele=0.04):
     at = AT if at is None else at
-    cells = [("ce", math.nan, 0.0), ("adele", math.nan, adele)]
-    cells += [("at", float(epoch), above) for epoch, above in at.items()]
+    cells = [("ce", None, 0.0), ("adele", None, adele)]
+    cells += [("at", epoch, above) for epoch, above in at.items()]
     rows = []
     for method, epoch, above in cells:
         onsets = {1: 2, 2: 5} if method == "adele" else {1: 99, 2: 99}
@@ -106,7 +106,7 @@ def figure(request, monkeypatch):
 def test_rows_in_any_order_give_the_same_bytes(figure, tmp_path):
     module, make = figure
     run = make()
-    mixed = run._replace(rows=run.rows.sample(fraction=1.0, shuffle=True, seed=1))
+    mixed = with_rows(run, lambda frame: frame.sample(fraction=1.0, shuffle=True, seed=1))
     one, claims = module.draw([run], tmp_path / "one")
     other, _ = module.draw([mixed], tmp_path / "other")
     for suffix in one:
@@ -187,22 +187,21 @@ def test_the_claims_of_timing_are_the_effects_put_in():
     ("broken", "message"),
     [
         (lambda r: made_up.without_rows(r, method="adele"), "'adele'"),
-        (lambda r: r._replace(rows=r.rows.drop("train_iou")), "no column 'train_iou'"),
+        (lambda r: with_rows(r, lambda frame: frame.drop("train_iou")), "no column 'train_iou'"),
         (lambda r: made_up.without_rows(r, method="ce", epoch=3.0), "other epochs"),
     ],
 )  # fmt: skip
 def test_what_a_run_lacks_is_named(figure, broken, message):
     module, make = figure
-    with pytest.raises(ValueError, match=f"made_up run 00c0ffee.*{message}"):
+    with pytest.raises(ValueError, match=f"segmentation_noise run 00c0ffee.*{message}"):
         module.measure([broken(make())])
 
 
 def test_arrays_it_needs_are_named():
     run = comparison()
     for name in ("fit", "shown_corrected"):
-        arrays = {n: a for n, a in run.arrays.items() if n != name}
         with pytest.raises(ValueError, match=f"no array '{name}'"):
-            segmentation_noise_correction.measure([run._replace(arrays=arrays)])
+            segmentation_noise_correction.measure([made_up.without_array(run, name)])
 
 
 def test_the_outline_is_made_of_the_edges_between_inside_and_outside():

@@ -1,14 +1,21 @@
 """Figures of the edge of stability, from runs whose every effect is known."""
 
 import csv
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from made_up import claims_of, failed, with_array, without_array, without_rows
+from made_up import (
+    array_of,
+    claims_of,
+    failed,
+    run_of,
+    with_array,
+    with_rows,
+    without_array,
+    without_rows,
+)
 
-from dynamics import record
 from paper_figures import draw, stability_batches, stability_edge, stability_spectra
 
 REPLICAS = 3
@@ -24,51 +31,51 @@ CONFIG = {
 BATCHES = {8: 0.55, 32: 0.82, 128: 0.93, 500: 1.0}
 
 
-def made(kind, rows, arrays, config=None, **study):
+def made(kind, frames, arrays=(), config=None, **study):
     config = CONFIG | (config or {}) | {"study": {"kind": kind, "replicas": REPLICAS, **study}}
-    arrays = {"index": np.arange(500, dtype=np.int32), **arrays}
-    path = Path("stability", "made-up")
-    return record.Run(path, "00c0ffee", config, {}, pl.DataFrame(rows), arrays, done=True)
+    arrays = {"index": np.arange(500, dtype=np.int32), **dict(arrays)}
+    return run_of("stability", config, frames, arrays)
 
 
 def edge(ratios=None, before=0.0, after=0.3, control=0.4, reached=True):
     """Every rule is at half its threshold until step 40, then at ``ratios``."""
-    rows, arrays = [], {}
+    rows, rises, losses = [], [], []
     for rule, ratio in {**(RATIOS if ratios is None else ratios), "control": control}.items():
         late = rule != "control" and reached
         for r in range(REPLICAS):
             for step in STEPS:
                 at = late and step >= 40
                 rows.append(
-                    {"stage": "edge", "rule": rule, "replica": r, "step": float(step)}
-                    | {"ratio": ratio if at else 0.4, "reached": float(at)}
+                    {"rule": rule, "replica": r, "step": step}
+                    | {"ratio": ratio if at else 0.4, "reached": at}
                 )
-            rows.append(
-                {"stage": "rises", "rule": rule, "replica": r, "step": 40.0 if late else np.nan}
-                | {"before": before if late else 0.0, "after": after if late else np.nan}
+            rises.append(
+                {"rule": rule, "replica": r, "step": 40 if late else None}
+                | {"before": before if late else 0.0, "after": after if late else None}
             )
-        arrays[f"loss_{rule}"] = np.tile(np.geomspace(0.5, 0.01, 80), (REPLICAS, 1))
-    return made("Edge", rows, arrays)
+            for step, loss in enumerate(np.geomspace(0.5, 0.01, 80)):
+                losses.append({"rule": rule, "replica": r, "step": step, "loss": loss})
+    return made("Edge", {"edge": rows, "rises": rises, "loss": losses})
 
 
 def batches(ratios=BATCHES, batch=1.05):
     """The last of three measurements of each size are averaged; the first is far off."""
     rows = [
-        {"stage": "batches", "size": size, "replica": r, "step": 500.0 * i}
-        | {"averaged": float(i > 0), "ratio": ratio + 0.01 * (i - 1.5) if i else 9.0}
+        {"size": size, "replica": r, "step": 500 * i}
+        | {"averaged": i > 0, "ratio": ratio + 0.01 * (i - 1.5) if i else 9.0}
         | {"batch_sharpness": batch if size == 8 else 1.0, "interaction": 0.9, "noise": 1.0}
         for size, ratio in ratios.items()
         for r in range(REPLICAS)
         for i in range(3)
     ]
-    return made("Batches", rows, {}, learning_rate=0.2)
+    return made("Batches", {"batches": rows}, learning_rate=0.2)
 
 
 def spectra(loss="squared_error", near=(0.7, 0.95), negative=(0.1, 0.0), off=1.0):
     """Nodes at the sharpness, at zero, below and between, of known weights."""
     steps, top = np.array([0, 100], np.int32), 4.0
     rows = [
-        {"stage": "spectra", "replica": r, "step": float(s), "sharpness": top, "ratio": 0.6}
+        {"replica": r, "step": int(s), "sharpness": top, "ratio": 0.6}
         for s in steps
         for r in range(REPLICAS)
     ]
@@ -78,8 +85,9 @@ def spectra(loss="squared_error", near=(0.7, 0.95), negative=(0.1, 0.0), off=1.0
     for t in range(2):
         rest = 1 - near[t] - negative[t]
         weights[t] = [negative[t], near[t], 0.75 * rest, 0.25 * rest]
-    arrays = {"steps": steps, "nodes": nodes, "weights": weights}
-    return made("Spectra", rows, arrays, {"loss": loss})
+    dims = ("step", "replica", "vector", "node")
+    arrays = {n: array_of(v, dims, step=steps) for n, v in (("nodes", nodes), ("weights", weights))}
+    return made("Spectra", {"spectra": rows}, arrays, {"loss": loss})
 
 
 def drawn(module, runs, tmp_path, monkeypatch, panels):
@@ -169,13 +177,21 @@ def test_another_spectrum_does_not_hold(changed, what):
 @pytest.mark.parametrize(
     ("module", "run", "message"),
     [
-        (stability_edge, without_array(edge(), "loss_adam"), "no array 'loss_adam'"),
+        (
+            stability_edge,
+            with_rows(edge(), lambda frame: frame.filter(pl.col("rule") != "adam"), "loss"),
+            "lacks losses of rule 'adam'",
+        ),
         (stability_edge, without_rows(edge(), rule="adam", replica=1, step=40.0), "replicas"),
         (stability_batches, batches({8: 0.5}), "needs two batch sizes or more"),
         (stability_spectra, without_array(spectra(), "nodes"), "no array 'nodes'"),
         (
             stability_spectra,
-            with_array(spectra(), "nodes", np.zeros((1, 3, 5, 4))),
+            with_array(
+                spectra(),
+                "nodes",
+                array_of(np.zeros((1, 3, 5, 4)), ("step", "replica", "vector", "node"), step=[0]),
+            ),
             r"must be \[steps, replicas, ...\]",
         ),
         (stability_spectra, without_rows(spectra(), step=100.0), "no rows for step 100"),

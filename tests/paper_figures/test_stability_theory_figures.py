@@ -4,7 +4,6 @@ import csv
 import itertools
 import json
 import math
-from pathlib import Path
 
 import made_up
 import numpy as np
@@ -12,16 +11,14 @@ import polars as pl
 import pytest
 from made_up import claims_of, failed
 
-from dynamics import record
 from paper_figures import matrix_sensing, perceptron_limit, robust_sensing, sgd_stability
 
 REPLICAS = 3
 
 
-def run_of(kind, rows, arrays, study):
+def run_of(kind, rows, study, **frames):
     config = {"kind": "Config", "study": {"kind": kind, **study}, "seed": 0}
-    table = pl.DataFrame([{"stage": kind.lower(), **row} for row in rows])
-    return record.Run(Path("made-up/run"), "00c0ffee", config, {}, table, arrays, True)
+    return made_up.run_of("stability_theory", config, {kind.lower(): rows, **frames})
 
 
 # (batch, rate) -> trace, top, necessary at the end; everything is 1.5 at step 0
@@ -36,21 +33,23 @@ def diagonal(changed=None, mistake=1e-9, critical=None):
     """A run of ``Diagonal``."""
     rows = []
     for (batch, rate), last in (DIAGONAL | (changed or {})).items():
-        for step, r in itertools.product((0.0, 1.0, 100.0), range(REPLICAS)):
+        for step, r in itertools.product((0, 1, 100), range(REPLICAS)):
             values = last if step == 100 else (1.5, 1.5, 1.5)
             named = dict(zip(("trace", "top", "necessary"), values, strict=True))
             rows.append({"batch": batch, "learning_rate": rate, "step": step, "replica": r,
                          "mistake": mistake, **named})  # fmt: skip
     traces = {"equal": (1.0, 3.0), "normal": (0.8, 2.0), "heavy": (0.1, 0.3)} | (critical or {})
-    arrays: dict = {"critical_batches": np.array([1, 4])}
-    for kind, (one, four) in traces.items():
-        values = np.broadcast_to(np.array([one, four])[:, None, None], (2, 2, REPLICAS))
-        arrays[f"critical_trace_{kind}"] = values
-        arrays[f"critical_necessary_{kind}"] = np.full((2, 2, REPLICAS), 0.9)
-    arrays["critical_necessary_equal"] = np.full((2, 2, REPLICAS), 1.0)
+    exact = [
+        {"kind": kind, "batch": batch, "replacement": again, "replica": r, "trace": trace,
+         "necessary": 1.0 if kind == "equal" else 0.9}
+        for kind, found in traces.items()
+        for batch, trace in zip((1, 4), found, strict=True)
+        for again in (True, False)
+        for r in range(REPLICAS)
+    ]  # fmt: skip
     study = {"batches": [1, 4], "examples": 20, "dim": 50, "learning_rates": [0.01, 0.02],
              "large_rates": [0.1]}  # fmt: skip
-    return run_of("Diagonal", rows, arrays, study)
+    return run_of("Diagonal", rows, study, critical=exact)
 
 
 GAMMAS = (0.1, 1.0, 10.0, 100.0, 1e8)
@@ -71,12 +70,19 @@ def perceptron(worst=None, distance=1e-15, moderate=0.1, digits=62.0, peak=1e4, 
                 row = {"problem": problem, "method": method, "gamma": gamma, "replica": r}
                 rows.append(row | {"iterations": right, "perceptron": 62.0, "distance": far,
                                    "mistake": largest})  # fmt: skip
-    arrays = {
-        "mistake_worst_descent": np.ones((len(GAMMAS), 321)),
-        "mistake_pair_descent": np.outer(np.array(GAMMAS) / 100, [0.7, first, 0.0, 0.0]),
+    losses = {
+        "worst": lambda gamma: [1.0] * 321,
+        "pair": lambda gamma: [gamma / 100 * loss for loss in (0.7, first, 0.0, 0.0)],
     }
+    path = [
+        {"problem": problem, "method": "descent", "gamma": gamma, "replica": 0, "step": step,
+         "mistake": loss}
+        for problem, made in losses.items()
+        for gamma in GAMMAS
+        for step, loss in enumerate(made(gamma))
+    ]  # fmt: skip
     study = {"gammas": list(GAMMAS), "classes": [3, 8], "examples": 1000}
-    return run_of("Perceptron", rows, arrays, study)
+    return run_of("Perceptron", rows, study, path=path)
 
 
 BEFORE, ETA = 100.0, 0.1
@@ -108,7 +114,7 @@ def sensing(power=-2.0, constant=1.0, exact=1e-30, falls=None, equal=-2.0):
         add("balanced", 4, scale, of_two, of_two**equal)
     study = {"columns": [2, 3, 4], "rank": 2, "width": 4, "scales": [0.05, 0.1], "start": 0.1,
              "learning_rate": ETA, "before": BEFORE, "raised": 0.6, "dim": 20}  # fmt: skip
-    return run_of("Sensing", rows, {}, study)
+    return run_of("Sensing", rows, study)
 
 
 ROBUST = {  # (method, columns) -> error by scale
@@ -128,7 +134,7 @@ def robust(changed=None, loss=8.0):
     ]  # fmt: skip
     study = {"columns": [2, 20], "scales": [1e-6, 0.1], "dim": 20, "rank": 2, "outliers": 0.3,
              "measurements": 1200}  # fmt: skip
-    return run_of("Robust", rows, {}, study)
+    return run_of("Robust", rows, study)
 
 
 FIGURES = {
@@ -303,8 +309,10 @@ def test_another_effect_does_not_hold(name, options, what):
 
 
 def test_a_bound_above_one_does_not_hold():
-    run = diagonal()
-    run = made_up.with_array(run, "critical_necessary_normal", np.full((2, 2, REPLICAS), 1.01))
+    above = pl.when(pl.col("kind") == "normal").then(1.01).otherwise("necessary")
+    run = made_up.with_rows(
+        diagonal(), lambda frame: frame.with_columns(necessary=above), "critical"
+    )
     assert failed(claims_of(sgd_stability, run)) == ["largest side of the inequality - 1"]
 
 
@@ -344,8 +352,10 @@ def test_what_is_drawn_is_written(tmp_path, name):
         ),
         (
             "sgd_stability",
-            lambda r: made_up.without_array(r, "critical_trace_heavy"),
-            "no array 'critical_trace_heavy'",
+            lambda r: made_up.with_rows(
+                r, lambda f: f.filter(pl.col("kind") != "heavy"), "critical"
+            ),
+            "no rows for kind 'heavy', replacement True, batch 1",
         ),
         ("sgd_stability", lambda r: made_up.with_study(r, batches=[1]), "of batch 1 and of anoth"),
         (
@@ -355,12 +365,12 @@ def test_what_is_drawn_is_written(tmp_path, name):
         ),
         (
             "perceptron_limit",
-            lambda r: made_up.with_array(r, "mistake_pair_descent", np.ones((3, 4))),
-            "losses must be of 5 gammas, got 3",
+            lambda r: made_up.with_rows(r, lambda f: f.filter(pl.col("gamma") > 1), "path"),
+            "needs the loss of every step on problem 'worst' for 5 gammas, got \\[0, 0, 321",
         ),
         (
             "perceptron_limit",
-            lambda r: r._replace(rows=r.rows.with_columns(distance=pl.lit(math.nan))),
+            lambda r: made_up.with_rows(r, lambda f: f.with_columns(distance=pl.lit(math.nan))),
             "distance must be >= 0, got nan",
         ),
         (
@@ -378,7 +388,11 @@ def test_what_is_drawn_is_written(tmp_path, name):
             lambda r: made_up.without_rows(r, method="square", columns=2),
             "no rows for method 'square', columns 2, scale 1e-06",
         ),
-        ("robust_sensing", lambda r: r._replace(rows=r.rows.drop("loss")), "no column 'loss'"),
+        (
+            "robust_sensing",
+            lambda r: made_up.with_rows(r, lambda f: f.drop("loss")),
+            "no column 'loss'",
+        ),
     ],
 )
 def test_what_a_run_lacks_is_named(name, broken, message):

@@ -3,14 +3,13 @@
 import csv
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
-from made_up import claims_of, failed, without_rows
+from made_up import claims_of, failed, run_of, with_rows, without_rows
 
-from dynamics import record, statistics
+from dynamics import statistics
 from paper_figures import draw, transformer_stability_rates, transformer_stability_widths
 
 REPLICAS = 4
@@ -37,10 +36,11 @@ GRADIENTS = [2e-3, 2e-3, 2e-3, 1e-3, 4e-4, 1e-4, 2e-5]
 
 def made(kind, rows, config=CONFIG, **study):
     config = config | {"study": {"kind": kind, **study}}
-    table = pl.DataFrame([{"stage": kind.lower(), "width": 32, **row} for row in rows])
+    types = {"diverged": pl.Int64}
+    rows = [{"width": 32, "diverged": None, **row} for row in rows]
+    frame = pl.DataFrame(rows, infer_schema_length=None, schema_overrides=types)
     arrays = {"index": np.arange(60, dtype=np.int32)}
-    path = Path("transformer_stability", "made-up")
-    return record.Run(path, "00c0ffee", config, {}, table, arrays, done=True)
+    return run_of("transformer_stability", config, {kind.lower(): frame}, arrays)
 
 
 def rates(above=(), logits=(), widths=(32,), **changed):
@@ -90,7 +90,7 @@ def figure(request, monkeypatch):
 def test_rows_in_any_order_give_the_same_bytes(figure, tmp_path):
     module, make = figure
     run = make()
-    mixed = run._replace(rows=run.rows.sample(fraction=1.0, shuffle=True, seed=1))
+    mixed = with_rows(run, lambda frame: frame.sample(fraction=1.0, shuffle=True, seed=1))
     one, claims = module.draw([run], tmp_path / "one")
     other, _ = module.draw([mixed], tmp_path / "other")
     for suffix in one:
@@ -147,8 +147,15 @@ def test_another_effect_of_rates_does_not_hold(changed, what):
 def test_a_run_that_diverged_counts_as_one_that_learned_nothing(tmp_path, monkeypatch):
     """In the sensitivity; its logit has no logarithm, and its claim no effect."""
     monkeypatch.setattr(draw, "DPI", 50)
-    above = {"none": [0.7, 0.3, 0.1, 0.0, 0.1, 0.3, math.nan]}
-    run = rates(above=above, logits={"none": [3.0, 3, 3, 10, 70, math.inf, math.inf]})
+    above = {"none": [0.7, 0.3, 0.1, 0.0, 0.1, 0.3, 0.0]}
+    run = rates(above=above, logits={"none": [3.0, 3, 3, 10, 70, math.inf, 1e5]})
+    largest = (pl.col("intervention") == "none") & (pl.col("rate") == 0.3)
+    run = with_rows(
+        run,
+        lambda frame: frame.with_columns(diverged=pl.when(largest).then(pl.lit(200))).filter(
+            pl.col("step") <= pl.col("diverged").fill_null(300)
+        ),
+    )
     found = claims_of(transformer_stability_rates, run)
     assert found["sensitivity, recipe - query-key norm"].effect == pytest.approx(
         0.1 + (2.5 - 0.6) / 7

@@ -11,12 +11,12 @@ import pytest
 import tiny
 from references import memorisation as reference
 
-from dynamics import losses, mesh, step, task, watch
+from dynamics import losses, mesh, population, step, task, watch
 from dynamics.data import corrupt
 from dynamics.data.stream import doubled
 from dynamics.probes import Memorisation
 from dynamics.probes.memorisation import answers
-from dynamics.types import Aux, Batch, Dataset, Results, Task, TrainState
+from dynamics.types import Aux, Batch, Dataset, Results, Task
 
 N, C = 40, 4  # of the tiny problems, whose classes are equally frequent
 CLEAN = np.asarray(tiny.images().y)
@@ -51,7 +51,7 @@ def inputs(z: Any) -> Dataset:
     z = np.asarray(z, np.float32)
     n, none, one = len(z), np.zeros((1,), np.float32), np.ones((1,), np.float32)
     nobody = np.full(n, -1, np.int32)  # labels are each replica's
-    return Dataset(x=z, y=nobody, index=np.arange(n, dtype=np.int32), mean=none, std=one)
+    return Dataset(x=z, y=nobody, mean=none, std=one)
 
 
 def measured(
@@ -64,14 +64,14 @@ def measured(
     tables = [jnp.asarray(table, jnp.float32) for table in tables]
     targets = tables[0] if len(tables) == 1 else {str(i): t for i, t in enumerate(tables)}
     state = jax.vmap(step.given)(jnp.asarray(params, jnp.float32))
-    state = dataclasses.replace(state, extras={"targets": targets} if tables else {})
+    extras = {"targets": targets} if tables else {}
+    state = dataclasses.replace(state, step=jnp.int32(0), extras=extras)
     if strength is not None:
         h = {"elr_lambda": jnp.asarray(strength, jnp.float32)}
         state = dataclasses.replace(state, hyperparameters=h)
-    each = watch.each_replica(mesh.make(), "map")
-    clean = np.asarray(clean, np.int32)
-    probe = Memorisation(LINEAR, inputs(z), labels, clean, 1, batch_size=64)
-    carry, found = probe.measure(probe.start(state, each), state, each)
+    context = watch.context(LINEAR, mesh.make(), {"train": inputs(z)})
+    probe = Memorisation(1, labels, np.asarray(clean, np.int32), batch_size=64)
+    carry, found = probe.measure(context, probe.start(context, state), state)
     assert carry == ()
     assert all(value.shape == (k,) and value.dtype == jnp.float32 for value in found.values())
     return {name: np.asarray(value) for name, value in found.items()}
@@ -227,16 +227,16 @@ def trained(request: Any) -> tuple[str, tiny.Problem, Results, Results]:
     stream = tiny.batches(p, 2, labels=LABELS)
     stream = doubled(stream) if name == "elr_plus" else stream
     options = {"stream": stream, "changed": SCALARS}
-    probe = Memorisation(p.task, p.data, LABELS, CLEAN, 8, batch_size=16)
+    probe = Memorisation(8, LABELS, CLEAN, batch_size=16)
     watched = tiny.run(p, mesh.make(), 2, probes=[probe], **options)
     return name, p, watched, tiny.run(p, mesh.make(), 2, **options)
 
 
 def at(results: Results, done: int) -> dict[str, np.ndarray]:
-    """The metrics after so many steps, without the probe's name."""
-    rows = results.rows
-    here = (rows["step"] == done) & ~np.isnan(rows["memory.fit_clean"])
-    return {n.split(".")[1]: rows[n][here] for n in rows if n.startswith("memory.")}
+    """The metrics [K] after so many steps."""
+    rows = results.measured["memory"]
+    here = rows.filter(rows["step"] == done).drop("step", "member")
+    return {name: here[name].to_numpy() for name in here.columns}
 
 
 def test_a_run_against_the_reference(trained: Any) -> None:
@@ -246,7 +246,7 @@ def test_a_run_against_the_reference(trained: Any) -> None:
     batch = Batch(x=jnp.asarray(x), y=jnp.asarray(CLEAN), index=jnp.arange(N))
     wanted = []
     for k in range(2):
-        state: TrainState = jax.tree.map(lambda leaf, k=k: leaf[k], results.state)
+        state = population.take(results.state, k)
         aux = p.task.evaluate(state.params, state.extras, batch, state.hyperparameters)
         tables = [np.asarray(t) for t in jax.tree.leaves(state.extras.get("targets", ()))]
         assert len(tables) == {"elr": 1, "elr_plus": 2}[name]
@@ -260,9 +260,8 @@ def test_a_run_against_the_reference(trained: Any) -> None:
 
 def test_when_it_is_measured_and_what_of_the_start(trained: Any) -> None:
     name, _, results, _ = trained
-    rows = results.rows
-    due = rows["step"][~np.isnan(rows["memory.fit_clean"])]
-    np.testing.assert_array_equal(due, np.repeat([0, 8, 16, 20], 2))
+    due = results.measured["memory"].select("step", "member")
+    np.testing.assert_array_equal(due, [(t, k) for t in (0, 8, 16, 20) for k in range(2)])
     start = at(results, 0)
     add_to_one(start)
     assert np.isnan(start["precision"]).all()  # no example was visited
@@ -278,8 +277,7 @@ def test_watching_changes_no_bit(trained: Any) -> None:
     _, _, watched, alone = trained
     for x, y in zip(tiny.leaves(watched), tiny.leaves(alone), strict=True):
         np.testing.assert_array_equal(x, y)
-    stepped = ~np.isnan(watched.rows["loss"])
-    np.testing.assert_array_equal(watched.rows["loss"][stepped], alone.rows["loss"])
+    assert watched.rows.equals(alone.rows)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +286,7 @@ def test_watching_changes_no_bit(trained: Any) -> None:
 )
 def test_labels_of_other_data_are_refused(labels: Any, clean: Any) -> None:
     p = tiny.problem("mlp")
-    probe = Memorisation(p.task, p.data, labels, clean, 5)
+    probe = Memorisation(5, labels, clean)
     message = rf"memory needs labels \(2, 40\), .* and clean \(40,\), got \(2, {len(clean)}\)"
     with pytest.raises(ValueError, match=message):
         tiny.run(p, mesh.make(), 2, probes=[probe])
@@ -297,4 +295,4 @@ def test_labels_of_other_data_are_refused(labels: Any, clean: Any) -> None:
 def test_labels_of_another_population_are_refused() -> None:
     p = tiny.problem("mlp")
     with pytest.raises(ValueError, match="labels"):
-        tiny.run(p, mesh.make(), 2, probes=[Memorisation(p.task, p.data, LABELS[:1], CLEAN, 5)])
+        tiny.run(p, mesh.make(), 2, probes=[Memorisation(5, LABELS[:1], CLEAN)])

@@ -11,8 +11,8 @@ import tiny
 from references import ghost as reference
 from references import kept
 
-from dynamics import landscape, mesh
-from dynamics.data.stream import take
+from dynamics import landscape, mesh, population
+from dynamics.data.rows import take
 from dynamics.probes.path import Path, alphas, whole
 from dynamics.record import Recorder
 from dynamics.types import Results
@@ -22,7 +22,7 @@ AT, POINTS, REPLICAS = (0, 12), 5, 4
 
 def probes(p: Any, **options: Any) -> list[Any]:
     options = {"points": POINTS, "batch_size": 16, "batches": 3} | options
-    return [Path(p.task, p.data, AT, **options), kept.Kept(AT)]
+    return [Path(AT, **options), kept.Kept(AT)]
 
 
 def problem(kind: str) -> Any:
@@ -32,8 +32,13 @@ def problem(kind: str) -> Any:
 @functools.cache
 def watched(kind: str) -> tuple[Any, Results]:
     p = problem(kind)
-    train = p.data if kind == "convnet" else None
+    train = "train" if kind == "convnet" else None
     return p, tiny.run(p, mesh.make(), REPLICAS, probes=probes(p, train=train))
+
+
+def losses(results: Results, at: int) -> np.ndarray:
+    """f32[K, A, N] after ``at`` steps."""
+    return results.arrays["path", "loss"].at(step=at).values
 
 
 def walked(p: Any, results: Results, at: int, pair: int, labels: Any = None) -> dict[str, Any]:
@@ -66,9 +71,10 @@ def test_against_a_walk_by_hand(kind: str) -> None:
     for at in AT:
         paths = {}
         for name in ("loss", "accuracy"):
-            halves = results.arrays[f"path.{name}@{at}"]
-            assert halves.shape == (REPLICAS, POINTS // 2 + 1, len(p.data))
-            paths[name] = whole(halves)
+            halves = results.arrays["path", name].at(step=at)
+            assert halves.dims == ("member", "place", "example")
+            assert halves.values.shape == (REPLICAS, POINTS // 2 + 1, len(p.data))
+            paths[name] = whole(halves.values)
             assert paths[name].shape == (POINTS, REPLICAS // 2, len(p.data))
         for pair in range(REPLICAS // 2):
             wanted = walked(p, results, at, pair)
@@ -79,22 +85,22 @@ def test_against_a_walk_by_hand(kind: str) -> None:
 def test_the_two_computations_of_the_middle_agree() -> None:
     _, results = watched("mlp")
     for at in AT:
-        middle = results.arrays[f"path.loss@{at}"][:, -1]
+        middle = losses(results, at)[:, -1]
         np.testing.assert_allclose(middle[:2], middle[2:], rtol=1e-5, atol=1e-6)
 
 
 def test_barriers_of_pairs() -> None:
     """Of means over any examples; none between a state and itself."""
     p, results = watched("mlp")
-    values = whole(results.arrays["path.loss@12"])
+    values = whole(losses(results, 12))
     hard = [0, 5, 7]
     found = landscape.barrier(values[:, :, hard].mean(axis=2), alphas(POINTS))
     assert found.shape == (2,) and (found >= 0).all()
     state = tiny.start(p, mesh.make(), 4)
-    twice = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), state)
+    twice = population.take(state, [0, 1, 0, 1])
     same = tiny.run(p, mesh.make(), 4, state=twice, probes=probes(p)[:1])
     for at in AT:
-        values = whole(same.arrays[f"path.loss@{at}"]).mean(axis=2)
+        values = whole(losses(same, at)).mean(axis=2)
         np.testing.assert_array_equal(landscape.barrier(values, alphas(POINTS)), np.zeros(2))
 
 
@@ -105,7 +111,7 @@ def test_replicas_with_labels_of_their_own() -> None:
     results = tiny.run(p, mesh.make(), REPLICAS, probes=probes(p, labels=labels))
     for pair in range(2):
         wanted = walked(p, results, 12, pair, labels[pair])
-        found = whole(results.arrays["path.loss@12"])[:, pair]
+        found = whole(losses(results, 12))[:, pair]
         np.testing.assert_allclose(found, wanted["loss"], rtol=1e-5, atol=1e-5)
 
 
@@ -113,13 +119,10 @@ def test_replicas_with_labels_of_their_own() -> None:
 @pytest.mark.parametrize(("shape", "how"), [((2, 1, 1), "dispatch"), ((4, 1, 1), "vmap")])
 def test_meshes_and_ways_agree(kind: str, shape: Any, how: Any) -> None:
     p, expected = watched(kind)
-    train = p.data if kind == "convnet" else None
+    train = "train" if kind == "convnet" else None
     results = tiny.run(p, mesh.make(*shape), REPLICAS, how=how, probes=probes(p, train=train)[:1])
     for at in AT:
-        name = f"path.loss@{at}"
-        np.testing.assert_allclose(
-            results.arrays[name], expected.arrays[name], rtol=1e-4, atol=1e-5
-        )
+        np.testing.assert_allclose(losses(results, at), losses(expected, at), rtol=1e-4, atol=1e-5)
 
 
 def test_watching_changes_no_bit_and_a_run_can_be_continued(tmp_path: Any) -> None:
@@ -134,7 +137,7 @@ def test_watching_changes_no_bit_and_a_run_can_be_continued(tmp_path: Any) -> No
         )
     assert results.arrays.keys() == expected.arrays.keys()
     for name, value in expected.arrays.items():
-        np.testing.assert_array_equal(results.arrays[name], value, err_msg=name)
+        tiny.assert_array(results.arrays[name], value, str(name))
 
 
 def test_whole() -> None:

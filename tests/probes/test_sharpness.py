@@ -4,17 +4,16 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from jax.flatten_util import ravel_pytree
 
-from dynamics import curvature, mesh, optim
+from dynamics import curvature, mesh, optim, population, watch
 from dynamics.data.stream import resident
+from dynamics.optim.adam import moments
 from dynamics.probes import BatchSharpness, Sharpness
-from dynamics.probes.sharpness import adam, preconditioner
-from dynamics.types import TrainState
+from dynamics.types import Results, TrainState
 
 
 def dense(p: tiny.Problem, state: TrainState, weights: Any = None) -> np.ndarray:
@@ -32,51 +31,47 @@ def dense(p: tiny.Problem, state: TrainState, weights: Any = None) -> np.ndarray
     return np.linalg.eigvalsh(hessian)
 
 
-def one(state: TrainState, k: int) -> TrainState:
-    return jax.tree.map(lambda x: x[k], state)
+def measured(results: Results, step: int, member: int, probe: str = "sharpness") -> dict[str, Any]:
+    """The one row that a probe has of a member at a step."""
+    rows = results.measured[probe]
+    (row,) = rows.filter((rows["step"] == step) & (rows["member"] == member)).rows(named=True)
+    return row
 
 
 @pytest.mark.parametrize("kind", ["mlp", "convnet"])
 def test_both_ends_are_those_of_the_dense_hessian(kind: str) -> None:
     p = tiny.problem(kind, num_steps=6)
-    probe = Sharpness(p.task, p.data, (0, 6), p.train, 6, cold=24, warm=20)
+    probe = Sharpness((0, 6), rule=p.rule, num_steps=6, cold=24, warm=20)
     found = tiny.run(p, mesh.make(), 2, probes=[probe])
     start = tiny.start(p, mesh.make(), 2)
     for step, state in ((0, start), (6, found.state)):
-        rows = found.rows["step"] == step
-        rows &= ~np.isnan(found.rows["sharpness.value"])
         for k in range(2):
-            here = rows & (found.rows["replica"] == k)
-            values = dense(p, one(state, k))
-            assert abs(found.rows["sharpness.value"][here][0] - values[-1]) < 2e-3 * values[-1]
-            assert abs(found.rows["sharpness.smallest"][here][0] - values[0]) < 2e-2 * values[-1]
-            ratio = found.rows["sharpness.value"][here] / found.rows["sharpness.ratio"][here]
+            here = measured(found, step, k)
+            values = dense(p, population.take(state, k))
+            assert abs(here["value"] - values[-1]) < 2e-3 * values[-1]
+            assert abs(here["smallest"] - values[0]) < 2e-2 * values[-1]
             expected = (2 + 2 * 0.9) / ((1 + 2 * 0.9) * 0.02) - 1e-3  # Nesterov, L2
-            np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+            np.testing.assert_allclose(here["value"] / here["ratio"], expected, rtol=1e-5)
 
 
 def test_of_adam_it_is_preconditioned() -> None:
-    p = tiny.problem("mlp", num_steps=8, rule="adam", learning_rate=1e-2, weight_decay=0.0)
-    probe = Sharpness(p.task, p.data, (0, 8), p.train, 8, preconditioned=True, cold=40, warm=40)
+    p = tiny.problem("mlp", num_steps=8, rule=optim.Adam, learning_rate=1e-2, weight_decay=0.0)
+    probe = Sharpness((0, 8), rule=p.rule, num_steps=8, cold=40, warm=40)
     found = tiny.run(p, mesh.make(), 1, probes=[probe])
-    state = one(found.state, 0)
-    values = dense(p, state, preconditioner(state))
-    rows = found.rows["step"] == 8
-    np.testing.assert_allclose(found.rows["sharpness.value"][rows][-1], values[-1], rtol=2e-3)
-    np.testing.assert_allclose(
-        found.rows["sharpness.ratio"][rows][-1], values[-1] / (3.8 / 0.1 / 1e-2), rtol=2e-3
-    )
-    first = found.rows["step"] == 0
-    assert np.isnan(found.rows["sharpness.value"][first]).all()  # no moments yet
-    moments = adam(state.opt_state)
-    assert moments is not None and int(moments.count) == 8
+    state = population.take(found.state, 0)
+    values = dense(p, state, p.rule.preconditioner(state.opt_state, state.hyperparameters))
+    last = measured(found, 8, 0)
+    np.testing.assert_allclose(last["value"], values[-1], rtol=2e-3)
+    np.testing.assert_allclose(last["ratio"], values[-1] / (3.8 / 0.1 / 1e-2), rtol=2e-3)
+    assert found.measured["sharpness"]["step"].to_list() == [8]  # no moments before the first step
+    assert int(moments(state.opt_state).count) == 8
 
 
 def test_watching_changes_no_bit_and_a_cut_run_is_the_same(tmp_path: Any) -> None:
     from dynamics.record import Recorder
 
     p = tiny.problem("mlp", num_steps=12)
-    probe = Sharpness(p.task, p.data, 4, p.train, 12)
+    probe = Sharpness(4, rule=p.rule, num_steps=12)
     plain, watched = tiny.run(p, mesh.make(), 2), tiny.run(p, mesh.make(), 2, probes=[probe])
     for a, b in zip(tiny.leaves(plain), tiny.leaves(watched), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -87,56 +82,61 @@ def test_watching_changes_no_bit_and_a_cut_run_is_the_same(tmp_path: Any) -> Non
 
 def test_it_needs_the_moments_of_adam() -> None:
     p = tiny.problem("mlp")
-    probe = Sharpness(p.task, p.data, 5, preconditioned=True)
-    with pytest.raises(ValueError, match="the optimizer has no moments of Adam"):
+    probe = Sharpness(5, rule=optim.Adam(), num_steps=20)
+    with pytest.raises(ValueError, match="the optimizer must have one Adam, got 0"):
         tiny.run(p, mesh.make(), 1, probes=[probe])
+    probe = Sharpness(5, rule=optim.SGD(base_fan_in=8), num_steps=20)
+    context = watch.context(p.task, mesh.make(), {"train": p.data})
+    with pytest.raises(ValueError, match="base_fan_in must be 0 for a threshold, got 8"):
+        probe.start(context, tiny.start(p, mesh.make(), 1))
 
 
 def test_batch_sharpness_of_all_examples_is_along_the_gradient() -> None:
     """One batch of everything: all three are g'Hg / |g|^2, and minibatches are not."""
     p = tiny.problem("mlp", num_steps=3)
     probes = [
-        BatchSharpness(p.task, p.data, len(p.data), (3,), num_batches=2),
-        BatchSharpness(p.task, p.data, 4, (3,), num_batches=64, name="small"),
-        Sharpness(p.task, p.data, (3,), cold=24),
+        BatchSharpness((3,), len(p.data), num_batches=2),
+        BatchSharpness((3,), 4, num_batches=64, name="small"),
+        Sharpness((3,), cold=24),
     ]
     found = tiny.run(p, mesh.make(), 1, probes=probes)
-    state = one(found.state, 0)
+    state = population.take(found.state, 0)
     operator = curvature.of_task(p.task, state, curvature.cut_dataset(p.data))
     loss = curvature.mean_loss(p.task)
     batch = jax.tree.map(lambda x: x[0], curvature.cut_dataset(p.data))
     g = jax.grad(loss)(state.params, batch, state.extras, state.hyperparameters)
     flat, image = ravel_pytree(g)[0], ravel_pytree(operator(g))[0]
     expected = float(flat @ image / (flat @ flat))
-    row = {name: values[-1] for name, values in found.rows.items()}
+    whole, small = measured(found, 3, 0, "batch"), measured(found, 3, 0, "small")
     for name in ("value", "interaction", "noise"):
-        np.testing.assert_allclose(row[f"batch.{name}"], expected, rtol=1e-3)
-    assert row["small.noise"] > 1.2 * row["small.interaction"]  # |grad L|^2 < E|g|^2
-    assert row["small.error"] > 0
+        np.testing.assert_allclose(whole[name], expected, rtol=1e-3)
+    assert small["noise"] > 1.2 * small["interaction"]  # |grad L|^2 < E|g|^2
+    assert small["error"] > 0
     with pytest.raises(ValueError, match="batch_size must be from 1 to 40, got 41"):
         tiny.run(p, mesh.make(), 1, probes=[dataclasses.replace(probes[0], batch_size=41)])
 
 
 def test_own_rates_have_their_own_thresholds() -> None:
     p = tiny.problem("mlp", num_steps=2, momentum=0.0, nesterov=False, weight_decay=0.0)
-    probe = Sharpness(p.task, p.data, (2,), p.train, 2)
+    probe = Sharpness((2,), rule=p.rule, num_steps=2)
     changed = {"learning_rate": [0.01, 0.1]}
     found = tiny.run(
         p, mesh.make(), 2, probes=[probe], changed=changed, stream=resident(p.data, 8, 2)
     )
-    rows = found.rows["step"] == 2
-    threshold = found.rows["sharpness.value"][rows] / found.rows["sharpness.ratio"][rows]
-    np.testing.assert_allclose(threshold, [200, 20], rtol=1e-5)
+    rows = found.measured["sharpness"]
+    assert rows["step"].to_list() == [2, 2]
+    np.testing.assert_allclose(rows["value"] / rows["ratio"], [200, 20], rtol=1e-5)
 
 
 def test_its_threshold_is_that_of_the_schedule() -> None:
     schedule = optim.Steps(milestones=(0.5,), decay=0.1)
     p = tiny.problem("mlp", num_steps=4, momentum=0.0, nesterov=False, weight_decay=0.0)
-    train = dataclasses.replace(p.train, schedule=schedule)
-    p = p._replace(train=train, optimizer=optim.make(train, 4))
-    probe = Sharpness(p.task, p.data, 1, train, 4)
+    rule = dataclasses.replace(p.rule, schedule=schedule)
+    p = p._replace(rule=rule, optimizer=rule.make(4))
+    probe = Sharpness(1, rule=rule, num_steps=4)
     found = tiny.run(p, mesh.make(), 1, probes=[probe])
-    there = ~np.isnan(found.rows["sharpness.ratio"])
-    threshold = found.rows["sharpness.value"][there] / found.rows["sharpness.ratio"][there]
+    rows = found.measured["sharpness"]
+    assert rows["step"].to_list() == [0, 1, 2, 3, 4]
+    threshold = rows["value"] / rows["ratio"]
     np.testing.assert_allclose(threshold, [100, 100, 1000, 1000, 1000], rtol=1e-5)
-    assert jnp.isfinite(found.rows["sharpness.residual"][there]).all()
+    assert rows["residual"].is_finite().all()

@@ -12,13 +12,14 @@ import pytest
 import tiny
 from references import transformer as reference
 
-from dynamics import fit, mesh, models, optim, step, task, watch
+from dynamics import fit, mesh, models, optim, task, watch
+from dynamics.data.rows import subset
 from dynamics.models.transformer import TransformerModule
+from dynamics.optim.adam import last_update
 from dynamics.probes import Attention, Evaluate, Outputs, Updates
-from dynamics.probes.transformer import attention_logits, entropy, last_update, rms
+from dynamics.probes.transformer import attention_logits, entropy, rms
 
-DATA = dataclasses.replace(tiny.tokens(), **{n: getattr(tiny.tokens(), n)[:3] for n in "xy"})
-DATA = dataclasses.replace(DATA, index=np.arange(3, dtype=np.int32))
+DATA = subset(tiny.tokens(), slice(3))
 SHAPE = {"depth": 2, "num_heads": 2}
 CHOSEN = ("block_0/mlp/up/kernel", "block_1/attention/query/kernel")
 SCALARS = {"learning_rate": 0.1, "momentum": 0.9, "second_moment": 0.95, "epsilon": 1e-8}
@@ -30,22 +31,26 @@ def problem(qk_norm: bool = False) -> Any:
     config = models.Transformer(width=8, max_length=8, qk_norm=qk_norm, init_scale=2.0, **SHAPE)
     module = TransformerModule(config, 8)
     net = task.of_dataset(module, DATA)
-    optimizer = optim.make(optim.Train(rule="adam"), 5)
+    rule = optim.Adam(learning_rate=0.02)
+    optimizer = rule.make(5)
     keys = jax.random.split(jax.random.key(1), 2)
-    scalars = optim.hyperparameters(optim.Train(rule="adam"))
-    state = fit.init(net, optimizer, keys, scalars, mesh.make())
+    state = fit.init(net, optimizer, keys, rule.hyperparameters(), mesh.make())
     rng = np.random.default_rng(0)
     other = lambda x: x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype)  # noqa: E731
     state = dataclasses.replace(state, params=jax.tree.map(other, state.params))
-    each = watch.each_replica(mesh.make(), "map")
+    context = watch.context(net, mesh.make(), {"test": DATA})
     found: dict[str, np.ndarray] = {}
-    probes = [Attention(module, DATA, 1), Outputs(module, DATA, 1), Updates(net, DATA, CHOSEN, 1)]
+    probes = [Attention(module, 1), Outputs(module, 1), Updates(CHOSEN, 1)]
     for probe in probes[: 1 if qk_norm else 3]:  # the others see nothing of the norms
-        carry = probe.start(state, each)
-        carry, metrics = probe.measure(carry, state, each)
+        carry, metrics = probe.measure(context, probe.start(context, state), state)
         assert carry == ()
         found |= {f"{probe.name}.{name}": np.asarray(v) for name, v in metrics.items()}
     return state, found
+
+
+def problem_module() -> TransformerModule:
+    """The module of the tiny transformer."""
+    return TransformerModule(models.Transformer(width=8, depth=1, num_heads=2, max_length=8), 8)
 
 
 def params_of(state: Any, replica: int) -> Any:
@@ -88,7 +93,7 @@ def test_the_gradient_is_that_of_the_mean_loss() -> None:
             slopes.append((ends[0] - ends[1]) / 2e-5)
         wanted = np.sqrt(np.mean(np.square(slopes)))
         np.testing.assert_allclose(found[f"sizes.grad_{name}"][0], wanted, rtol=1e-4)
-        assert np.isnan(found[f"sizes.update_{name}"]).all()  # no step was done
+        assert f"sizes.update_{name}" not in found  # no step was done
 
 
 def test_logits_are_float32_when_activations_are_not() -> None:
@@ -129,19 +134,18 @@ def test_rms_does_not_overflow_where_its_input_is_narrow() -> None:
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_delta_is_adams_update_of_the_gradients_so_far(clip: float) -> None:
     """And what the optimizer subtracts, divided by its rate; of clipped gradients, if they are."""
-    train = optim.Train(rule="adam", clip_norm=clip, **SCALARS)
-    optimizer = optim.make(train, 4)
+    rule = optim.Adam(clip_norm=clip, **SCALARS)
+    optimizer = rule.make(4)
     rng, w = np.random.default_rng(0), {"w": jnp.ones(6)}
     gradients = [rng.normal(size=6) for _ in range(4)]
-    h = {name: jnp.float32(v) for name, v in optim.hyperparameters(train).items()}
+    h = {name: jnp.float32(v) for name, v in rule.hyperparameters().items()}
     opt_state, updates = optimizer.init(w), w
     for g in gradients:
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(
                 {"w": jnp.float32(g)}, opt_state, w, hyperparameters=h
             )
-    state = dataclasses.replace(step.given(w), opt_state=opt_state, hyperparameters=h)
-    found = np.asarray(last_update(state)["w"])
+    found = np.asarray(last_update(opt_state, h)["w"])
     cut = [g * min(1.0, (clip or np.inf) / np.linalg.norm(g)) for g in gradients]
     names = ("momentum", "second_moment", "epsilon")
     wanted = reference.delta(cut, **{name: SCALARS[name] for name in names})
@@ -151,31 +155,37 @@ def test_delta_is_adams_update_of_the_gradients_so_far(clip: float) -> None:
 
 def test_what_the_probes_can_not_measure_is_refused() -> None:
     state, _ = problem()
-    each = watch.each_replica(mesh.make(), "map")
     net = task.of_function(lambda params, x: params)
+    context = watch.context(net, mesh.make(), {"test": DATA})
     with pytest.raises(ValueError, match="no parameter 'block_9'; there are .*block_0/mlp/up"):
-        Updates(net, DATA, ("block_9",), 1).start(state, each)
+        Updates(("block_9",), 1).start(context, state)
     sgd = dataclasses.replace(state, opt_state=optax.sgd(0.1).init(state.params))
     with pytest.raises(ValueError, match="one Adam, got 0"):
-        Updates(net, DATA, CHOSEN, 1).start(sgd, each)
+        Updates(CHOSEN, 1).start(context, sgd)
+    with pytest.raises(ValueError, match=r"looks at the data 'probed', fit was given \['test'\]"):
+        Outputs(problem_module(), 1, on="probed").start(context, state)
 
 
 def test_watching_changes_no_bit_and_is_recorded() -> None:
-    p = tiny.problem("transformer", num_steps=4, rule="adam")
-    module = TransformerModule(models.Transformer(width=8, depth=1, num_heads=2, max_length=8), 8)
+    p = tiny.problem("transformer", num_steps=4, rule=optim.Adam)
+    module = problem_module()
     probes = [
-        Attention(module, DATA, 2),
-        Outputs(module, DATA, 2),
-        Updates(p.task, DATA, CHOSEN[:1], 2),
-        Evaluate(p.task, DATA, 2),
+        Attention(module, 2, on="probed"),
+        Outputs(module, 2, on="probed"),
+        Updates(CHOSEN[:1], 2, on="probed"),
+        Evaluate(2, on="probed"),
     ]
-    watched = tiny.run(p, mesh.make(), 2, probes=probes)
+    watched = tiny.run(p, mesh.make(), 2, probes=probes, data={"probed": DATA})
     plain = tiny.run(p, mesh.make(), 2)
     for x, y in zip(tiny.leaves(watched), tiny.leaves(plain), strict=True):
         np.testing.assert_array_equal(x, y)
-    rows = watched.rows
-    for name in ("attention.max_logit", "attention.entropy_0", "outputs.log_z", "outputs.rms"):
-        found = rows[name][~np.isnan(rows[name])]
-        assert len(found) == 2 * 3 and len(set(found)) == 6, name
-    moved = rows[f"sizes.update_{CHOSEN[0]}"][~np.isnan(rows["outputs.rms"])]
-    assert np.isnan(moved[:2]).all() and (moved[2:] > 0.01).all()
+    names = {"attention": ("max_logit", "entropy_0"), "outputs": ("log_z", "rms")}
+    for probe, metrics in names.items():
+        for name in metrics:
+            found = watched.measured[probe][name]
+            assert len(found) == len(set(found)) == 2 * 3, name
+    sizes = watched.measured["sizes"]
+    assert sizes["step"].to_list() == [0, 0, 2, 2, 4, 4]
+    moved = sizes[f"update_{CHOSEN[0]}"]
+    assert moved.is_null().to_list() == [True] * 2 + [False] * 4  # there is no update before one
+    assert (moved.drop_nulls() > 0.01).all() and sizes[f"grad_{CHOSEN[0]}"].is_finite().all()

@@ -1,6 +1,5 @@
 """VoG during a run: against gradients of the states it saw, and that it survives being killed."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -9,41 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from references import kept
 from references import vog as reference
 
-from dynamics import mesh, models, scores, step, task
-from dynamics.data.stream import take
+from dynamics import mesh, models, scores, task
+from dynamics.data.rows import take
 from dynamics.probes import VarianceOfGradients
 from dynamics.record import Recorder
-from dynamics.types import Batch, Each, Results, TrainState
+from dynamics.types import Batch, Results
 
 N, STEPS = 40, (0, 3, 11, 20)
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A StateProbe that keeps the parameters."""
-
-    every: Any = STEPS
-    name: str = "kept"
-
-    def start(self, state: TrainState, each: Each) -> Any:
-        return ()
-
-    def measure(self, carry: Any, state: TrainState, each: Each) -> Any:
-        # copies: the state is given up to the next step
-        return carry, {str(i): jnp.copy(x) for i, x in enumerate(jax.tree.leaves(state.params))}
-
-    @staticmethod
-    def state(results: Results, at: int, replica: int) -> TrainState:
-        assert results.state is not None
-        tree = jax.tree.structure(results.state.params)
-        leaves = [results.arrays[f"kept.{i}@{at}"][replica] for i in range(tree.num_leaves)]
-        return step.given(jax.tree.unflatten(tree, [jnp.asarray(x) for x in leaves]))
-
-
-def probe(p: Any, every: Any = STEPS, **options: Any) -> VarianceOfGradients:
-    return VarianceOfGradients(p.task, p.data, every, batch_size=16, **options)
+def probe(every: Any = STEPS, **options: Any) -> VarianceOfGradients:
+    return VarianceOfGradients(every, batch_size=16, **options)
 
 
 @functools.cache
@@ -51,10 +29,10 @@ def watched() -> tuple[Any, Results]:
     """Three probes: the default, the probability's, and replicas with labels of their own."""
     p = tiny.problem("mlp")
     probes = [
-        Kept(),
-        probe(p),
-        probe(p, name="p", target="probability"),
-        probe(p, name="own", labels=own_labels(p)),
+        kept.Kept(STEPS),
+        probe(),
+        probe(name="p", target="probability"),
+        probe(name="own", labels=own_labels(p)),
     ]
     return p, tiny.run(p, mesh.make(), 2, probes=probes)
 
@@ -63,8 +41,11 @@ def own_labels(p: Any) -> np.ndarray:
     return np.stack([p.data.y, (p.data.y + 1) % 4])
 
 
-def found(results: Results, name: str = "vog") -> dict[str, np.ndarray]:
-    return {n: x for n, x in results.arrays.items() if n.startswith(f"{name}.")}
+def found(results: Results, name: str = "vog") -> dict[int, np.ndarray]:
+    """Step -> f32[K, N]."""
+    array = results.arrays[name, "score"]
+    assert array.dims == ("step", "member", "example")
+    return dict(zip(array.coords["step"].tolist(), array.values, strict=True))
 
 
 def batch(p: Any, labels: np.ndarray) -> Batch:
@@ -77,18 +58,18 @@ def batch(p: Any, labels: np.ndarray) -> Batch:
 )
 def test_against_the_gradients_of_the_states_it_saw(name: str, target: str) -> None:
     p, results = watched()
-    assert found(results, name).keys() == {f"{name}.score@{at}" for at in STEPS}
-    np.testing.assert_array_equal(results.arrays[f"{name}.score@0"], np.zeros((2, N)))
+    assert [*found(results, name)] == [*STEPS]
+    np.testing.assert_array_equal(found(results, name)[0], np.zeros((2, N)))
     for replica in range(2):
         labels = own_labels(p)[replica] if name == "own" else p.data.y
         gradients = [
             reference.gradients(
-                p.task, Kept.state(results, at, replica), batch(p, labels), target=target
+                p.task, kept.state(results, at, replica), batch(p, labels), target=target
             )
             for at in STEPS
         ]
         for i, at in enumerate(STEPS[1:], start=2):
-            values = results.arrays[f"{name}.score@{at}"][replica]
+            values = found(results, name)[at][replica]
             wanted = reference.vog(gradients[:i])
             np.testing.assert_allclose(values, wanted, rtol=1e-4, atol=1e-5 * wanted.max())
 
@@ -100,54 +81,47 @@ def test_watching_changes_no_bit_and_the_order_is_that_of_the_dataset() -> None:
         np.testing.assert_array_equal(x, y)
     rows = np.random.default_rng(0).permutation(N)
     turned = p.data.replace(x=p.data.x[rows], y=p.data.y[rows])
-    again = tiny.run(
-        p,
-        mesh.make(),
-        2,
-        probes=[VarianceOfGradients(p.task, turned, STEPS, batch_size=7)],
-    )
-    for name, values in found(results).items():
+    probes = [VarianceOfGradients(STEPS, on="turned", batch_size=7)]
+    again = found(tiny.run(p, mesh.make(), 2, probes=probes, data={"turned": turned}))
+    for at, values in found(results).items():
         largest = values.max()
-        np.testing.assert_allclose(
-            again.arrays[name], values[:, rows], rtol=1e-4, atol=1e-5 * largest, err_msg=name
-        )
+        np.testing.assert_allclose(again[at], values[:, rows], rtol=1e-4, atol=1e-5 * largest)
 
 
 def test_a_run_cut_and_continued_has_the_same_bits(tmp_path: Any) -> None:
     p, whole = watched()
     for cut in (5, 13, 20):
         part, store = p._replace(num_steps=cut), Recorder(tmp_path, ())
-        results = tiny.run(part, mesh.make(), 2, checkpoint_every=2, store=store, probes=[probe(p)])
+        results = tiny.run(part, mesh.make(), 2, checkpoint_every=2, store=store, probes=[probe()])
     assert found(results).keys() == found(whole).keys()
-    for name, value in found(whole).items():
-        np.testing.assert_array_equal(found(results)[name], value, err_msg=name)
+    for at, value in found(whole).items():
+        np.testing.assert_array_equal(found(results)[at], value)
 
 
 @pytest.mark.parametrize(("shape", "how"), [((2, 1, 1), "dispatch"), ((2, 2, 2), "vmap")])
 def test_meshes_and_ways_agree(shape: Any, how: Any) -> None:
     p, expected = watched()
-    results = tiny.run(p, mesh.make(*shape), 2, how=how, probes=[probe(p)])
-    for name, value in found(expected).items():
-        atol = 1e-5 * value.max()
-        np.testing.assert_allclose(found(results)[name], value, rtol=1e-4, atol=atol, err_msg=name)
+    results = tiny.run(p, mesh.make(*shape), 2, how=how, probes=[probe()])
+    for at, value in found(expected).items():
+        np.testing.assert_allclose(found(results)[at], value, rtol=1e-4, atol=1e-5 * value.max())
 
 
 def test_an_interval_counts_the_first_and_the_last_step() -> None:
     p, _ = watched()
-    results = tiny.run(p, mesh.make(), 2, probes=[probe(p, 8), probe(p, (8, 16), name="two")])
-    assert found(results).keys() == {f"vog.score@{at}" for at in (0, 8, 16, 20)}
-    assert found(results, "two").keys() == {"two.score@8", "two.score@16"}
-    np.testing.assert_array_equal(results.arrays["two.score@8"], np.zeros((2, N)))
-    assert (results.arrays["two.score@16"] > 0).all()
-    assert np.abs(results.arrays["two.score@16"] - results.arrays["vog.score@16"]).max() > 0
+    results = tiny.run(p, mesh.make(), 2, probes=[probe(8), probe((8, 16), name="two")])
+    one, two = found(results), found(results, "two")
+    assert [*one] == [0, 8, 16, 20] and [*two] == [8, 16]
+    np.testing.assert_array_equal(two[8], np.zeros((2, N)))
+    assert (two[16] > 0).all()
+    assert np.abs(two[16] - one[16]).max() > 0
 
 
 def test_vog_of_a_linear_model_depends_on_the_class_alone() -> None:
     """E12, through a run: 0 / 0 is 0."""
     p, _ = watched()
     p = p._replace(task=task.of_dataset(models.make(models.Linear(), 4), p.data))
-    results = tiny.run(p, mesh.make(), 2, probes=[probe(p)])
-    values = results.arrays["vog.score@20"]
+    results = tiny.run(p, mesh.make(), 2, probes=[probe()])
+    values = found(results)[20]
     assert (values > 0).all() and all(len(set(row)) == 4 for row in values)
     np.testing.assert_array_equal(scores.class_normalised(values, p.data.y), np.zeros((2, N)))
 
@@ -155,4 +129,4 @@ def test_vog_of_a_linear_model_depends_on_the_class_alone() -> None:
 def test_tokens_are_refused() -> None:
     p = tiny.problem("transformer")
     with pytest.raises(ValueError, match="needs inputs that are numbers, got int32"):
-        tiny.run(p, mesh.make(), 2, probes=[probe(p, (0,))])
+        tiny.run(p, mesh.make(), 2, probes=[probe((0,))])

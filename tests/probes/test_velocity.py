@@ -13,7 +13,7 @@ from references import ghost as reference
 from references import kept
 
 from dynamics import mesh, models, task
-from dynamics.data.stream import take
+from dynamics.data.rows import take
 from dynamics.probes.velocity import KernelVelocity
 from dynamics.record import Recorder
 from dynamics.types import Results
@@ -31,18 +31,21 @@ def problem(kind: str = "mlp") -> Any:
     return p
 
 
-def probes(p: Any) -> list[Any]:
-    return [
-        KernelVelocity(p.task, p.data, GROUPS, AT),
-        KernelVelocity(p.task, p.data, OWN, AT, name="own"),
-        kept.Kept(AT),
-    ]
+def probes() -> list[Any]:
+    return [KernelVelocity(AT, GROUPS), KernelVelocity(AT, OWN, name="own"), kept.Kept(AT)]
+
+
+def velocities(results: Results, name: str = "kernel") -> dict[int, np.ndarray]:
+    """Step -> f32[K, G]."""
+    array = results.arrays[name, "velocity"]
+    assert array.dims == ("step", "member", "group")
+    return dict(zip(array.coords["step"].tolist(), array.values, strict=True))
 
 
 @functools.cache
 def watched(kind: str = "mlp") -> tuple[Any, Results]:
     p = problem(kind)
-    return p, tiny.run(p, mesh.make(), 2, probes=probes(p))
+    return p, tiny.run(p, mesh.make(), 2, probes=probes())
 
 
 @functools.cache
@@ -68,9 +71,9 @@ def kernel(kind: str, results: Results, at: int, replica: int, rows: np.ndarray)
 def test_against_kernels_of_the_states_it_saw(kind: str) -> None:
     _, results = watched(kind)
     for name, groups in (("kernel", np.stack([GROUPS, GROUPS])), ("own", OWN)):
-        found = {at: results.arrays[f"{name}.velocity@{at}"] for at in AT}
+        found = velocities(results, name)
+        assert [*found] == [*AT[1:]]  # the first has nothing before it
         assert all(v.shape == (2, 2) for v in found.values())
-        assert np.isnan(found[0]).all()
         for replica in range(2):
             for g in range(2):
                 kernels = [kernel(kind, results, at, replica, groups[replica, g]) for at in AT]
@@ -92,29 +95,30 @@ def test_a_run_cut_and_continued_has_the_same_bits(tmp_path: Any) -> None:
     p, expected = watched()
     for cut in (2, 6, 12):
         store, part = Recorder(tmp_path, ()), p._replace(num_steps=cut)
-        results = tiny.run(part, mesh.make(), 2, checkpoint_every=1, store=store, probes=probes(p))
+        results = tiny.run(part, mesh.make(), 2, checkpoint_every=1, store=store, probes=probes())
     assert results.arrays.keys() == expected.arrays.keys()
     for name, value in expected.arrays.items():
-        np.testing.assert_array_equal(results.arrays[name], value, err_msg=name)
+        tiny.assert_array(results.arrays[name], value, str(name))
 
 
 @pytest.mark.parametrize(("shape", "how"), [((2, 1, 1), "dispatch"), ((1, 1, 1), "map")])
 def test_meshes_and_ways_agree(shape: Any, how: Any) -> None:
     p, expected = watched()
-    results = tiny.run(p, mesh.make(*shape), 2, how=how, probes=probes(p)[:2])
-    for at in AT:
-        for name in ("kernel", "own"):
-            name = f"{name}.velocity@{at}"
-            np.testing.assert_allclose(results.arrays[name], expected.arrays[name], rtol=1e-3)
+    results = tiny.run(p, mesh.make(*shape), 2, how=how, probes=probes()[:2])
+    for name in ("kernel", "own"):
+        found, wanted = results.arrays[name, "velocity"], expected.arrays[name, "velocity"]
+        np.testing.assert_array_equal(found.coords["step"], AT[1:])
+        np.testing.assert_allclose(found.values, wanted.values, rtol=1e-3)
 
 
 def test_the_kernel_of_a_linear_model_stands_still() -> None:
     """E10."""
     p = problem()
     p = p._replace(task=task.of_dataset(models.make(models.Linear(), 4), p.data))
-    results = tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(p.task, p.data, GROUPS, 6)])
-    for at in (6, 12):
-        assert results.arrays[f"kernel.velocity@{at}"].max() <= 1e-12
+    results = tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(6, GROUPS)])
+    assert [*velocities(results)] == [6, 12]
+    for found in velocities(results).values():
+        assert found.max() <= 1e-12
 
 
 @pytest.fixture
@@ -138,13 +142,13 @@ def unchecked() -> Any:
 def test_refusals(groups: Any, message: str, unchecked: Any) -> None:
     p = problem()
     with pytest.raises(ValueError, match=message):
-        tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(p.task, p.data, groups, 6)])
+        tiny.run(p, mesh.make(), 2, probes=[KernelVelocity(6, groups)])
 
 
 def test_tokens() -> None:
     """A net that reads tokens has a kernel; one with logits at every place does not."""
     p = problem("transformer")
-    probe = [KernelVelocity(p.task, p.data, GROUPS, (0, 2))]
+    probe = [KernelVelocity((0, 2), GROUPS)]
     with pytest.raises(
         ValueError, match=r"the kernel is of logits \[b, classes\], got \[3, 6, 8\]"
     ):
@@ -152,6 +156,5 @@ def test_tokens() -> None:
     data = p.data.replace(y=p.data.y[:, 0])
     net = task.of_dataset(models.make(models.RNN(width=3, num_tokens=8), 8), data)
     p = p._replace(task=net, data=data, num_steps=2)
-    probe = [KernelVelocity(p.task, p.data, GROUPS, (0, 2))]
-    found = tiny.run(p, mesh.make(), 2, probes=probe).arrays["kernel.velocity@2"]
+    found = velocities(tiny.run(p, mesh.make(), 2, probes=probe))[2]
     assert (0 < found).all() and (found < 1).all()

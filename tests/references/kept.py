@@ -15,17 +15,17 @@ class Kept:
     every: object
     name: str = "kept"
 
-    def start(self, state, each):
+    def start(self, context, state):
         return ()
 
-    def measure(self, carry, state, each):
-        # copies: the state is given up to the next step
+    def measure(self, context, carry, state):
         leaves = jax.tree.leaves((state.params, state.extras))
-        return carry, {str(i): jnp.copy(x) for i, x in enumerate(leaves)}
+        return carry, {str(i): x for i, x in enumerate(leaves)}
 
 
 def state(results, at, replica):
     """What was kept of one replica after ``at`` steps."""
     tree = jax.tree.structure((results.state.params, results.state.extras))
-    leaves = [results.arrays[f"kept.{i}@{at}"][replica] for i in range(tree.num_leaves)]
-    return step.given(*jax.tree.unflatten(tree, [jnp.asarray(x) for x in leaves]))
+    arrays = [results.arrays["kept", str(i)].at(step=at) for i in range(tree.num_leaves)]
+    leaves = [jnp.asarray(array.values[replica]) for array in arrays]
+    return step.given(*jax.tree.unflatten(tree, leaves))

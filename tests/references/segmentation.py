@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-IGNORED = 255
+IGNORED = -100
 
 
 def moved(clean, grows, times):

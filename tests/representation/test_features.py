@@ -9,10 +9,9 @@ import pytest
 import tiny
 from flax import linen as nn
 
-from dynamics import mesh, models, scores, step, task
+from dynamics import mesh, models, population, scores, step, task
 from dynamics import representation as rep
 from dynamics.probes import Score
-from dynamics.types import TrainState
 
 FEW_TOKENS = models.Transformer(width=8, depth=1, num_heads=2, max_length=8)
 MODELS = {
@@ -138,7 +137,7 @@ def test_it_composes():
 def test_of_a_dataset_in_its_order():
     p = tiny.problem("convnet")
     module = models.make(models.Convnet(channels=(4, 8), norm="batch"), 4)
-    params, extras = p.task.init(jax.random.key(0))
+    params, extras = p.task.init(jax.random.key(0), {})
     table = {**extras, "targets": jnp.zeros((256, 4))}  # a task's own, that no module knows
     state = dataclasses.replace(step.given(params), extras=table)
     net = task.of_function(lambda params, x: jnp.zeros((len(x), 4)))
@@ -158,12 +157,12 @@ def test_of_a_population_while_it_trains():
     p, replicas = tiny.problem("mlp", num_steps=4), 2
     module = models.make(models.MLP(width=8, depth=2), 4)
     fn = rep.of_layer(module, "head")
-    probe = Score(fn, p.task, p.data, [4], "hidden")
+    probe = Score(fn, [4], "hidden")
     results = tiny.run(p, mesh.for_population(replicas), replicas, probes=[probe])
-    found = results.arrays["hidden.score@4"]
+    found = results.arrays["hidden", "score"].at(step=4).values
     assert found.shape == (replicas, 40, 8)
     for replica in range(replicas):
-        one: TrainState = jax.tree.map(lambda x, r=replica: x[r], results.state)
+        one = population.take(results.state, replica)
         wanted = scores.over_examples(fn, p.task, one, p.data)
         np.testing.assert_allclose(found[replica], wanted, rtol=1e-5, atol=1e-6)
     assert not np.allclose(found[0], found[1])

@@ -201,7 +201,7 @@ def test_noisy_labels_spread_the_features():
     data, seeds, batch = load(DataConfig(source="digits")), 3, 64
     module = models.make(models.MLP(width=256, depth=2), data.num_classes)
     net = task.of_dataset(module, data.train)
-    settings = optim.Train(learning_rate=0.02, nesterov=False, weight_decay=1e-3, batch_size=batch)
+    rule = optim.SGD(learning_rate=0.02, nesterov=False, weight_decay=1e-3)
     y = np.asarray(data.train.y)
     labels = np.stack(
         [
@@ -211,18 +211,19 @@ def test_noisy_labels_spread_the_features():
         ]
     )
     steps, devices = 60 * (len(y) // batch), mesh.for_population(2 * seeds)
-    optimizer = optim.make(settings, steps)
+    optimizer = rule.make(steps)
     keys = jnp.tile(jax.random.split(jax.random.key(0), seeds), 2)
-    state = fit.init(net, optimizer, keys, optim.hyperparameters(settings), devices)
-    hidden = Score(rep.of_layer(module, "head"), net, data.test, [steps], "hidden")
+    state = fit.init(net, optimizer, keys, rule.hyperparameters(), devices)
+    hidden = Score(rep.of_layer(module, "head"), [steps], "hidden", on="test")
     results = fit.fit(
         *(net, optimizer, state, resident(data.train, batch, 2 * seeds, labels=labels)),
         *(steps, devices),
-        probes=[hidden, Evaluate(net, data.test, every=[steps])],
+        probes=[hidden, Evaluate([steps])],
+        data={"test": data.test},
     )
-    features = results.arrays[f"hidden.score@{steps}"]
+    features = results.arrays["hidden", "score"].at(step=steps).values
     assert features.shape == (2 * seeds, len(data.test), 256)
-    accuracy = results.rows["test.accuracy"][-2 * seeds :]
+    accuracy = results.measured["test"]["accuracy"].to_numpy()
     assert accuracy[:seeds].min() > 0.95 and accuracy[seeds:].max() < 0.85
     for fn, least in ((rep.singular_value_entropy, 0.20), (rep.largest_singular_value_ratio, 0.25)):
         clean, noisy = np.split(np.asarray(jax.vmap(lambda f: fn(rep.unit(f)))(features)), 2)  # noqa: B023

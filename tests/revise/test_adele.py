@@ -44,7 +44,7 @@ def images() -> tuple[Dataset, np.ndarray]:
     labels = np.where(wrong, draw.integers(0, C, wrong.shape), y).astype(np.int32)
     labels[:, 1, :2] = IGNORED
     blank, one = np.zeros((1, 1), np.float32), np.ones((1, 1), np.float32)
-    return Dataset(x=x, y=y, index=np.arange(N, dtype=np.int32), mean=blank, std=one), labels
+    return Dataset(x=x, y=y, mean=blank, std=one), labels
 
 
 class Neighbourhood(nn.Module):
@@ -66,11 +66,11 @@ class Predictions:
     every: int = 1
     name: str = "seen"
 
-    def start(self, state: Any, each: Any) -> Any:
+    def start(self, context: Any, state: Any) -> Any:
         return ()
 
-    def measure(self, carry: Any, state: Any, each: Any) -> Any:
-        found = over_examples(predicted, NET, state, DATA, each=each)
+    def measure(self, context: Any, carry: Any, state: Any) -> Any:
+        found = over_examples(predicted, NET, state, DATA, each=context.each)
         return carry, {"classes": found[0], "sure": found[1]}
 
 
@@ -80,33 +80,35 @@ def predicted(task: Any, state: Any, batch: Any) -> Any:
 
 def adele(**options: Any) -> Adele:
     given = {"every": 1, "epochs": EPOCHS, "parts": STEPS, "correction": CORRECTION}
-    return Adele(NET, DATA, C, **given | options)
+    return Adele(C, **given | options)
 
 
 def trained(
     revision: Any, epochs: int = EPOCHS, net: Any = NET, devices: Any = None, **options: Any
 ) -> Results:
-    train = optim.Train(rule="adam", learning_rate=0.1, batch_size=BATCH)
-    optimizer, devices = optim.make(train, STEPS * EPOCHS), devices or mesh.make()
+    rule = optim.Adam(learning_rate=0.1)
+    optimizer, devices = rule.make(STEPS * EPOCHS), devices or mesh.make()
     keys = jax.random.split(jax.random.key(0), K)
-    hyperparameters = optim.hyperparameters(train) | {"consistency": 0.5}
+    hyperparameters = rule.hyperparameters() | {"consistency": 0.5}
     state = fit.init(net, optimizer, keys, hyperparameters, devices)
     stream = resident(DATA, BATCH, K, labels=LABELS)
     return fit.fit(
-        *(net, optimizer, state, stream, STEPS * epochs, devices), revision=revision, **options
+        *(net, optimizer, state, stream, STEPS * epochs, devices),
+        data={"train": DATA},
+        revision=revision,
+        **options,
     )
 
 
 def column(results: Results, name: str) -> np.ndarray:
     """[epochs, K]"""
-    values = results.rows[name]
-    return values[~np.isnan(values)].reshape(-1, K)
+    return tiny.by_member(results.measured["adele"], name)
 
 
 def by_hand(labels: Any, results: Results, epoch: int, active: Any, **rules: Any) -> np.ndarray:
     """Labels [K, ...] corrected with the predictions after an epoch, pixel by pixel."""
     at = epoch * STEPS
-    classes, sure = (results.arrays[f"seen.{name}@{at}"] for name in ("classes", "sure"))
+    classes, sure = (tiny.at(results, "seen", name, at) for name in ("classes", "sure"))
     options = {"tau": 0.4, "rule": "both", "present": True, "guard": False} | rules
     parts = zip(labels, classes, sure, active, strict=True)
     return np.stack([reference.corrected(*part, **options) for part in parts])
@@ -131,27 +133,25 @@ def test_curves_are_of_predictions_from_all_over_the_epoch_and_the_first_labels(
     for epoch in range(1, EPOCHS + 1):
         counts = np.zeros((K, C, 3), int)
         for part in range(STEPS):
-            seen = whole.arrays[f"seen.classes@{(epoch - 1) * STEPS + part + 1}"]
+            seen = tiny.at(whole, "seen", "classes", (epoch - 1) * STEPS + part + 1)
             for k in range(K):
                 mine = np.arange(part, N, STEPS)
                 counts[k] += reference.counts(seen[k, mine], LABELS[k, mine], C)
         hit, truth, found = np.moveaxis(counts, -1, 0)
         for c in range(C):
             wanted = hit[:, c] / (truth + found - hit)[:, c]
-            np.testing.assert_allclose(
-                column(whole, f"adele.iou.{c}")[epoch - 1], wanted, rtol=1e-6
-            )
+            np.testing.assert_allclose(column(whole, f"iou.{c}")[epoch - 1], wanted, rtol=1e-6)
 
 
 def test_onsets_and_active_classes_are_recorded(whole: Results) -> None:
     for c in (1, 2):
         for epoch in range(1, EPOCHS + 1):
             when = np.where(WHEN[:, c] <= epoch, WHEN[:, c], np.inf)
-            np.testing.assert_array_equal(column(whole, f"adele.onset.{c}")[epoch - 1], when)
+            np.testing.assert_array_equal(column(whole, f"onset.{c}")[epoch - 1], when)
     np.testing.assert_array_equal(
-        column(whole, "adele.active"), [[0, 0, 0], [1, 0, 0], [2, 1, 0], [2, 1, 0]]
+        column(whole, "active"), [[0, 0, 0], [1, 0, 0], [2, 1, 0], [2, 1, 0]]
     )
-    assert "adele.onset.0" not in whole.rows
+    assert "onset.0" not in whole.measured["adele"].columns
 
 
 # ---- what it changes ----------------------------------------------------------------------------
@@ -161,14 +161,12 @@ def test_a_class_is_corrected_when_it_is_due_and_with_those_that_follow(whole: R
     first = by_hand(LABELS, whole, 2, [[False, True, False]] + [[False] * C] * 2)
     active = [[False, True, True], [False, True, False], [False] * C]
     second = by_hand(first, whole, 3, active)
-    np.testing.assert_array_equal(whole.arrays[f"adele.labels@{STEPS * EPOCHS}"], second)
+    np.testing.assert_array_equal(tiny.at(whole, "adele", "labels", STEPS * EPOCHS), second)
     changed = (second != LABELS).mean(axis=(1, 2, 3))
     assert changed[0] > changed[1] > 0.02 and changed[2] == 0
     for epoch, labels in ((1, LABELS), (2, first), (3, second), (4, second)):
         right = (labels == DATA.y).mean(axis=(1, 2, 3))
-        np.testing.assert_allclose(
-            column(whole, "adele.label_accuracy")[epoch - 1], right, rtol=1e-6
-        )
+        np.testing.assert_allclose(column(whole, "label_accuracy")[epoch - 1], right, rtol=1e-6)
     assert (second == DATA.y)[0].mean() > (LABELS == DATA.y)[0].mean() + 0.05
 
 
@@ -193,16 +191,15 @@ def test_ways_to_correct(whole: Results, repeat: Any, interval: int, among: Any)
         before = LABELS if repeat == "restart" else labels
         after = by_hand(before, results, epoch, active & now if among == "active" else due)
         labels = np.where(now[..., None, None], after, labels)
-    name = f"adele.labels@{STEPS * EPOCHS}"
-    np.testing.assert_array_equal(results.arrays[name], labels)
-    assert (labels != whole.arrays[name]).any()
+    np.testing.assert_array_equal(tiny.at(results, "adele", "labels", STEPS * EPOCHS), labels)
+    assert (labels != tiny.at(whole, "adele", "labels", STEPS * EPOCHS)).any()
 
 
 def test_the_network_trains_on_what_was_corrected(whole: Results) -> None:
     """Up to the correction every bit is that of a run without it; a replica that is never
     corrected stays so to the end; the others learn the labels as they are by then."""
     plain = trained(None)
-    losses, without = column(whole, "loss"), column(plain, "loss")
+    losses, without = tiny.losses(whole), tiny.losses(plain)
     np.testing.assert_array_equal(losses[: 2 * STEPS], without[: 2 * STEPS])
     np.testing.assert_array_equal(losses[:, 2], without[:, 2])
     for a, b in zip(tiny.leaves(whole), tiny.leaves(plain), strict=True):
@@ -214,7 +211,7 @@ def test_the_network_trains_on_what_was_corrected(whole: Results) -> None:
 def test_labels_that_are_never_due_stay(whole: Results) -> None:
     """The control: the same revision, without a detection."""
     control = trained(adele(when=np.full((K, C), NEVER, np.int32)))
-    np.testing.assert_array_equal(control.arrays[f"adele.labels@{STEPS * EPOCHS}"], LABELS)
+    np.testing.assert_array_equal(tiny.at(control, "adele", "labels", STEPS * EPOCHS), LABELS)
     for a, b in zip(tiny.leaves(control), tiny.leaves(trained(None)), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -228,7 +225,7 @@ def test_the_predictor_says_what_the_labels_become() -> None:
     when = np.full((K, C), NEVER, np.int32)
     when[:, 2] = 1
     results = trained(adele(when=when, predictor=NET._replace(evaluate=certain)), epochs=EPOCHS)
-    labels = results.arrays[f"adele.labels@{STEPS * EPOCHS}"]
+    labels = tiny.at(results, "adele", "labels", STEPS * EPOCHS)
     np.testing.assert_array_equal(labels, np.where(LABELS == 0, 2, LABELS))
 
 
@@ -240,10 +237,10 @@ def test_a_class_is_corrected_in_the_epoch_of_its_detection() -> None:
     results = trained(adele(detection=detection))
     found = 0
     for c in (1, 2):
-        curves = column(results, f"adele.iou.{c}").astype(np.float64)
+        curves = column(results, f"iou.{c}").astype(np.float64)
         for k in range(K):
             epochs = [e for e in range(1, EPOCHS + 1) if detected(curves[:e, k], detection)]
-            onset = column(results, f"adele.onset.{c}")[-1, k]
+            onset = column(results, f"onset.{c}")[-1, k]
             assert onset == min(epochs, default=np.inf)
             found += np.isfinite(onset)
     assert 0 < found
@@ -270,19 +267,18 @@ def test_a_run_cut_and_continued_has_the_same_bits(whole: Results, tmp_path: Any
     revision = adele(when=WHEN, clean=DATA.y)
     for cut in (5, 6, 8):
         part = fit_until(cut, revision, tmp_path)
-        assert part.state is not None and int(part.state.step[0]) == cut
+        assert part.state is not None and int(part.state.step) == cut
     tiny.assert_equal(whole, fit_until(STEPS * EPOCHS, revision, tmp_path))
 
 
 def fit_until(steps: int, revision: Any, folder: Any) -> Results:
-    train = optim.Train(rule="adam", learning_rate=0.1, batch_size=BATCH)
-    optimizer, devices = optim.make(train, STEPS * EPOCHS), mesh.make()
+    rule = optim.Adam(learning_rate=0.1)
+    optimizer, devices = rule.make(STEPS * EPOCHS), mesh.make()
     keys = jax.random.split(jax.random.key(0), K)
-    state = fit.init(
-        NET, optimizer, keys, optim.hyperparameters(train) | {"consistency": 0.5}, devices
-    )
+    state = fit.init(NET, optimizer, keys, rule.hyperparameters() | {"consistency": 0.5}, devices)
     return fit.fit(
         *(NET, optimizer, state, resident(DATA, BATCH, K, labels=LABELS), steps, devices),
+        data={"train": DATA},
         revision=revision,
         store=Recorder(folder / "run", ()),
         checkpoint_every=4,
@@ -292,12 +288,10 @@ def fit_until(steps: int, revision: Any, folder: Any) -> Results:
 
 def test_another_mesh_gives_the_same_labels(whole: Results) -> None:
     spread = trained(adele(when=WHEN, clean=DATA.y), devices=mesh.make(3))
-    name = f"adele.labels@{STEPS * EPOCHS}"
-    np.testing.assert_array_equal(spread.arrays[name], whole.arrays[name])
+    labels = [tiny.at(run, "adele", "labels", STEPS * EPOCHS) for run in (spread, whole)]
+    np.testing.assert_array_equal(*labels)
     for c in range(C):
-        np.testing.assert_allclose(
-            column(spread, f"adele.iou.{c}"), column(whole, f"adele.iou.{c}"), rtol=1e-6
-        )
+        np.testing.assert_allclose(column(spread, f"iou.{c}"), column(whole, f"iou.{c}"), rtol=1e-6)
 
 
 def test_convolutions_over_scales() -> None:
@@ -309,9 +303,9 @@ def test_convolutions_over_scales() -> None:
     revision = adele(
         when=when, epochs=1, parts=1, every=STEPS, correction=Correction(confidence=0.0)
     )
-    results = trained(dataclasses.replace(revision, task=net), epochs=1, net=net)
-    labels = results.arrays[f"adele.labels@{STEPS}"]
-    assert np.isfinite(column(results, "consistency")).all()
+    results = trained(revision, epochs=1, net=net)
+    labels = tiny.at(results, "adele", "labels", STEPS)
+    assert np.isfinite(tiny.losses(results, "consistency")).all()
     assert (labels[0] == LABELS[0]).all()
     for k in (1, 2):
         member = jax.tree.map(lambda x, k=k: x[k], results.state)
@@ -346,12 +340,16 @@ def test_what_does_not_fit_is_refused_before_training(options: Any, message: str
 
 
 def test_a_stream_without_labels_is_refused() -> None:
-    train = optim.Train(batch_size=BATCH)
-    optimizer, devices = optim.make(train, 3), mesh.make()
+    rule = optim.SGD()
+    optimizer, devices = rule.make(3), mesh.make()
     keys = jax.random.split(jax.random.key(0), K)
-    state = fit.init(NET, optimizer, keys, optim.hyperparameters(train), devices)
+    state = fit.init(NET, optimizer, keys, rule.hyperparameters(), devices)
     with pytest.raises(ValueError, match=r"labels of shape \(3, 12, 8, 8\).* replica, got none"):
-        fit.fit(NET, optimizer, state, resident(DATA, BATCH, K), 3, devices, revision=adele())
+        fit.fit(
+            *(NET, optimizer, state, resident(DATA, BATCH, K), 3, devices),
+            data={"train": DATA},
+            revision=adele(),
+        )
 
 
 def test_more_epochs_than_announced_are_refused() -> None:

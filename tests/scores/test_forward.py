@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 from references import forward as reference
 from references import losses as by_hand
 
-from dynamics import mesh, scores, step
+from dynamics import mesh, population, scores, step
 from dynamics.losses import cross_entropy
 from dynamics.probes import Score
 from dynamics.types import Aux, Batch, Task
@@ -221,13 +221,13 @@ def test_several_labels_an_example_are_averaged(name: str) -> None:
 def test_a_probe_scores_every_replica() -> None:
     """Through ``fit``, on a mesh that splits replicas, examples and features."""
     p = tiny.problem("mlp", num_steps=2)
-    probes = [Score(getattr(scores, n), p.task, p.data, (2,), n, batch_size=20) for n in NAMES]
+    probes = [Score(getattr(scores, n), (2,), n, batch_size=20) for n in NAMES]
     results = tiny.run(p, mesh.make(2, 2, 2), 2, probes=probes)
     assert results.state is not None
     for replica in range(2):
-        params = jax.tree.map(lambda x, r=replica: np.asarray(x[r]), results.state.params)
+        params = jax.tree.map(np.asarray, population.take(results.state, replica).params)
         for name in NAMES:
-            found = results.arrays[f"{name}.score@2"]
+            found = results.arrays[name, "score"].at(step=2).values
             alone = scores.over_examples(getattr(scores, name), p.task, step.given(params), p.data)
             assert found.shape == (2, 40)
             np.testing.assert_allclose(found[replica], alone, rtol=1e-5, atol=1e-6, err_msg=name)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from references import scores as reference
 from scipy.stats import chi2
 
-from dynamics import mesh
-from dynamics.data.stream import sampled, take
+from dynamics import mesh, population
+from dynamics.data.rows import take
+from dynamics.data.stream import sampled
 from dynamics.scores.select import gradient_variance, probabilities
 
 FEW = settings(derandomize=True, deadline=None, max_examples=50)
@@ -73,8 +74,9 @@ def trained() -> Any:
     p = tiny.problem("mlp")
     state = tiny.run(p, mesh.make(), 1).state
     assert state is not None
-    state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)[0]), state.replace(key=()))
-    state = state.replace(key=jax.random.key(0))
+    key = jax.random.key(0)
+    state = population.take(state, 0).replace(key=())
+    state = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), state).replace(key=key)
     data = jax.tree.map(jnp.asarray, p.data)
     batch = take(data, jnp.arange(len(p.data)))
     return p, state, batch, reference.gradients(p.task, state, batch)
@@ -247,15 +249,15 @@ def test_a_run_on_drawn_batches() -> None:
     stream = sampled(p.data, tiny.BATCH, 2, np.stack([probabilities(norms), np.full(n, 1 / n)]))
     state = tiny.start(longer, mesh.make(), 2)
     results = tiny.run(longer, mesh.make(), 2, state=state, stream=stream)
-    loss = results.rows["loss"].reshape(40, 2)
+    loss = results.rows["loss"].to_numpy().reshape(40, 2)
     assert np.isfinite(loss).all()
     assert (loss[-10:].mean(axis=0) < 0.8 * loss[:5].mean(axis=0)).all()
 
-    def first(state: Any, own: Any) -> Any:
+    def first(params: Any, extras: Any, key: Any, own: Any) -> Any:
         shared = jax.tree.map(jnp.asarray, stream.shared)
-        batch = stream.batch(shared, own, (), state.key, jnp.int32(0))
-        return batch, p.task.evaluate(state.params, state.extras, batch, {}).loss
+        batch = stream.batch(shared, own, (), key, jnp.int32(0))
+        return batch, p.task.evaluate(params, extras, batch, {}).loss
 
-    batch, each = jit(jax.vmap(first))(state, stream.own)
+    batch, each = jit(jax.vmap(first))(state.params, state.extras, state.key, stream.own)
     assert (batch.weight[0] != 1).all() and (batch.weight[1] == 1).all()
     np.testing.assert_allclose(loss[0], (batch.weight * each).mean(axis=1), rtol=1e-5)

@@ -283,14 +283,14 @@ def trained():
     data, batch = load(DataConfig(source="digits")), 64
     net = task.of_dataset(models.make(models.MLP(width=256, depth=2), 10), data.train)
     net = task.elr(net, len(data.train), 10)
-    settings = optim.Train(learning_rate=0.02, nesterov=False, weight_decay=1e-3, batch_size=batch)
+    rule = optim.SGD(learning_rate=0.02, nesterov=False, weight_decay=1e-3)
     y = np.asarray(data.train.y)
     noise = [corrupt.symmetric(y, 0.4, 10, seed) for seed in range(SEEDS)]
     labels = np.stack([one.labels for one in noise] * 2)
     epoch, devices = len(y) // batch, mesh.for_population(2 * SEEDS)
-    optimizer = optim.make(settings, 40 * epoch)
+    optimizer = rule.make(40 * epoch)
     keys = jax.numpy.tile(jax.random.split(jax.random.key(0), SEEDS), 2)
-    scalars = optim.hyperparameters(settings) | {
+    scalars = rule.hyperparameters() | {
         "elr_lambda": np.repeat([7.0, 0.0], SEEDS),
         "elr_beta": 0.7,
     }
@@ -300,11 +300,14 @@ def trained():
         *(net, optimizer, state, resident(data.train, batch, 2 * SEEDS, labels=labels)),
         *(40 * epoch, devices),
         probes=[
-            Score(scores.loss, net, data.train, at, "loss", labels=labels),
-            Score(probabilities, net, data.train, at, "p"),
+            Score(scores.loss, at, "loss", labels=labels),
+            Score(probabilities, at, "p"),
         ],
+        data={"train": data.train},
     )
-    early, late = ({k: results.arrays[f"{k}.score@{t}"] for k in ("loss", "p")} for t in at)
+    early, late = (
+        {k: results.arrays[k, "score"].at(step=t).values for k in ("loss", "p")} for t in at
+    )
     return noise, early, late, np.asarray(results.state.extras["targets"])
 
 

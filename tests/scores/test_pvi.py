@@ -10,8 +10,9 @@ import pytest
 import tiny
 
 from dynamics import fit, mesh, models, optim, scores, task
-from dynamics.data import DataConfig, load
-from dynamics.data.stream import resident, take
+from dynamics.data import DataConfig, load, subset
+from dynamics.data.rows import take
+from dynamics.data.stream import resident
 from dynamics.types import Dataset
 
 
@@ -38,7 +39,7 @@ def test_blank_inputs_say_nothing(kind: str) -> None:
     assert found.x.shape == real.x.shape and found.x.dtype == real.x.dtype
     np.testing.assert_array_equal(found.x, np.zeros(p.data.x.shape))  # 0, not about 0
     np.testing.assert_array_equal(found.y, real.y)
-    np.testing.assert_array_equal(blank.index, p.data.index)
+    np.testing.assert_array_equal(blank.row, p.data.row)
     np.testing.assert_array_equal(p.data.x, before)
 
 
@@ -46,19 +47,19 @@ def test_blank_colour_images_have_the_mean_of_each_channel() -> None:
     generator = np.random.default_rng(0)
     x = generator.integers(0, 256, (5, 4, 4, 3)).astype(np.uint8)
     mean = np.array([[[120.3, 99.7, 1.1]]], np.float32)
-    data = Dataset(x=x, y=np.zeros(5, np.int32), index=np.arange(5), mean=mean, std=mean)
+    data = Dataset(x=x, y=np.zeros(5, np.int32), mean=mean, std=mean)
     blank = scores.blank(data)
     np.testing.assert_array_equal(blank.x, np.broadcast_to(mean, x.shape))
     assert blank.x.base is not None and blank.x.strides[0] == 0  # no memory
 
 
-def losses(data: Dataset, batch_size: int, num_steps: int, **train: Any) -> np.ndarray:
+def losses(data: Dataset, batch_size: int, num_steps: int, **fields: Any) -> np.ndarray:
     """Of two replicas of a linear model trained on ``data``, in nats f32[2, n]."""
     net = task.of_dataset(models.make(models.Linear(), 10), data)
-    settings = optim.Train(**{"weight_decay": 0.0} | train)
-    optimizer, here = optim.make(settings, num_steps), mesh.make()
+    rule = optim.SGD(**fields)
+    optimizer, here = rule.make(num_steps), mesh.make()
     keys = jax.random.split(jax.random.key(0), 2)
-    state = fit.init(net, optimizer, keys, optim.hyperparameters(settings), here)
+    state = fit.init(net, optimizer, keys, rule.hyperparameters(), here)
     stream = resident(data, batch_size, 2)
     results = fit.fit(net, optimizer, state, stream, num_steps, here)
     assert results.state is not None
@@ -72,7 +73,7 @@ def test_the_null_model_learns_the_class_prior() -> None:
     mean PVI is at most H(Y) bits, whatever the model; what a model gets wrong has negative PVI."""
     digits = load(DataConfig(num_train=200)).train
     few = np.flatnonzero((digits.y < 3) | (np.arange(200) % 3 == 0))  # not all equally frequent
-    data = digits.replace(x=digits.x[few], y=digits.y[few], index=digits.index[few])  # pyright: ignore
+    data = subset(digits, few)
     n = len(data)
     null = losses(scores.blank(data), n, 300, learning_rate=1.0, momentum=0.9)
     count = np.bincount(data.y, minlength=10)

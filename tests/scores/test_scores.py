@@ -12,6 +12,7 @@ from references import losses as by_hand
 from references import scores as reference
 
 from dynamics import models, optim, step, task
+from dynamics.data import subset
 from dynamics.scores import el2n, grand, over_examples
 from dynamics.types import Aux, Batch, Dataset
 
@@ -24,7 +25,7 @@ GENERATOR = np.random.default_rng(0)
 X = GENERATOR.integers(0, 256, (N, 4, 4)).astype(np.uint8)
 Y = GENERATOR.integers(0, K, N).astype(np.int32)
 MEAN, STD = np.full((1, 1), 128, np.float32), np.full((1, 1), 70, np.float32)
-DATA = Dataset(x=X, y=Y, index=np.arange(N, dtype=np.int32), mean=MEAN, std=STD)
+DATA = Dataset(x=X, y=Y, mean=MEAN, std=STD)
 XF = (X.astype(np.float64) - 128) / 70
 BATCH = Batch(x=jnp.asarray(XF, jnp.float32), y=jnp.asarray(Y), index=jnp.arange(N))
 CONFIGS = {
@@ -38,7 +39,7 @@ CONFIGS = {
 
 
 def start(net: Any, key: Any) -> Any:
-    return jit(lambda key: step.init(net, optim.make(optim.Train(), 1), key, {}))(key)
+    return jit(lambda key: step.init(net, optim.SGD().make(1), key, {}))(key)
 
 
 @functools.cache
@@ -180,7 +181,7 @@ def test_batches_order_and_padding_do_not_matter(name: str, net: str) -> None:
     for size in sizes:
         np.testing.assert_allclose(run(DATA, batch_size=size), whole, rtol=1e-5)
     order = GENERATOR.permutation(N)
-    turned = DATA.replace(x=X[order], y=Y[order], index=DATA.index[order])
+    turned = subset(DATA, order)
     np.testing.assert_allclose(run(turned, batch_size=4), whole[order], rtol=1e-5)
 
 

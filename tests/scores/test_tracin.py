@@ -14,7 +14,7 @@ from references import scores as reference
 
 from dynamics import models, step, task
 from dynamics.data import of_arrays
-from dynamics.data.stream import take
+from dynamics.data.rows import take
 from dynamics.scores import over_examples
 from dynamics.scores.grand import grand
 from dynamics.scores.tracin import tracin, tracin_self
@@ -44,7 +44,7 @@ def made(name: str) -> Any:
     net = task.of_dataset(models.make(CONFIGS[name], K), DATA)
     states = []
     for seed in (0, 1):
-        params, extras = net.init(jax.random.key(seed))
+        params, extras = net.init(jax.random.key(seed), {})
         moved = lambda p: p + 0.3 if p.ndim == 1 else p  # noqa: E731
         states.append(step.given(jax.tree.map(moved, params), jax.tree.map(moved, extras)))
     return net, states

@@ -42,7 +42,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 def made(name: str, seed: int = 0) -> Any:
     """A task and a state whose batch statistics are not at their start."""
     net = task.of_dataset(models.make(CONFIGS[name], K), DATA)
-    optimizer = optim.make(optim.Train(), 1)
+    optimizer = optim.SGD().make(1)
     state = jit(lambda key: step.init(net, optimizer, key, {}))(jax.random.key(seed))
     return net, state.replace(extras=jax.tree.map(lambda x: x + 0.3, state.extras))
 

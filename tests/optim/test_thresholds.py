@@ -7,9 +7,8 @@ import optax
 import pytest
 from references.stability import bisected
 
-from dynamics import optim
-from dynamics.optim import Cosine, Linear, Train
-from dynamics.stability.thresholds import rate, stability_threshold, threshold
+from dynamics.optim import SGD, Adam, Cosine, Linear, rate
+from dynamics.optim.thresholds import threshold
 
 ETAS, BETAS = (0.01, 0.3, 1.7), (0.0, 0.5, 0.9, 0.99)
 
@@ -48,10 +47,10 @@ def test_the_numbers_of_the_table():
     assert threshold(1.0, 0.9, average=True, shrinkage=0.1) == pytest.approx(36.1)
 
 
-def grows(train, s, steps=80):
+def grows(rule, s, steps=80):
     """Whether the optimizer's own updates of a small theta on 1/2 s theta^2 grow."""
-    optimizer = optim.make(train, steps)
-    h = {name: jnp.float32(value) for name, value in optim.hyperparameters(train).items()}
+    optimizer = rule.make(steps)
+    h = {name: jnp.float32(value) for name, value in rule.hyperparameters().items()}
 
     @jax.jit
     def run(theta):
@@ -71,55 +70,56 @@ def grows(train, s, steps=80):
 
 
 @pytest.mark.parametrize(
-    "train",
+    "rule",
     [
-        Train(learning_rate=0.2, momentum=0.0, nesterov=False),
-        Train(learning_rate=0.2, momentum=0.8, nesterov=False),
-        Train(learning_rate=0.2, momentum=0.8),
-        Train(learning_rate=0.2, momentum=0.8, nesterov=False, weight_decay=1.5),
-        Train(learning_rate=0.2, momentum=0.8, weight_decay=0.3, independent_decay=True),
+        SGD(learning_rate=0.2, momentum=0.0, nesterov=False),
+        SGD(learning_rate=0.2, momentum=0.8, nesterov=False),
+        SGD(learning_rate=0.2, momentum=0.8),
+        SGD(learning_rate=0.2, momentum=0.8, nesterov=False, weight_decay=1.5),
+        SGD(learning_rate=0.2, momentum=0.8, weight_decay=0.3, independent_decay=True),
     ],
     ids=lambda t: f"{t.momentum}-{t.nesterov}-{t.weight_decay}-{t.independent_decay}",
 )
-def test_the_threshold_is_of_the_optimizer_that_trains(train):
-    s = stability_threshold(train)
-    assert grows(train, 1.03 * s) and not grows(train, 0.97 * s)
+def test_the_threshold_is_of_the_optimizer_that_trains(rule):
+    s = rule.threshold()
+    assert grows(rule, 1.03 * s) and not grows(rule, 0.97 * s)
 
 
 def test_adam_is_stable_up_to_its_preconditioned_threshold():
     """epsilon so large that the preconditioner is epsilon: a linear update."""
-    train = Train(rule="adam", learning_rate=0.3, momentum=0.6, epsilon=1e4, weight_decay=0.2)
-    s = stability_threshold(train) * 1e4
+    rule = Adam(learning_rate=0.3, momentum=0.6, epsilon=1e4, weight_decay=0.2)
+    s = rule.threshold() * 1e4
     assert s == pytest.approx((2 - 0.3 * 0.2) * 1.6 / (0.4 * 0.3) * 1e4)
-    assert grows(train, 1.03 * s) and not grows(train, 0.97 * s)
+    assert grows(rule, 1.03 * s) and not grows(rule, 0.97 * s)
 
 
 def test_the_rate_of_now_counts():
-    train = Train(learning_rate=0.4, momentum=0.0, nesterov=False, schedule=Cosine(final=0.5))
-    now = rate(train, 100, 100)
+    rule = SGD(learning_rate=0.4, momentum=0.0, nesterov=False, schedule=Cosine(final=0.5))
+    now = rate(rule, 100, 100)
     assert float(now) == pytest.approx(0.2)
-    assert float(stability_threshold(train, now)) == pytest.approx(10)
-    assert float(rate(train, jnp.int32(0), 100, hyperparameters={"learning_rate": 1.0})) == 1.0
+    assert float(rule.threshold(now)) == pytest.approx(10)
+    assert float(rate(rule, jnp.int32(0), 100, hyperparameters={"learning_rate": 1.0})) == 1.0
     with pytest.raises(ValueError, match="the schedule Cosine moves the learning rate: give the"):
-        stability_threshold(train)
+        rule.threshold()
 
 
 def test_independent_decay_follows_the_schedule_alone():
-    train = Train(rule="adam", learning_rate=0.5, weight_decay=0.1, independent_decay=True,
-                  schedule=Linear(final=0.0))  # fmt: skip
-    halfway = rate(train, 50, 100)
+    rule = Adam(
+        learning_rate=0.5, weight_decay=0.1, independent_decay=True, schedule=Linear(final=0.0)
+    )
+    halfway = rate(rule, 50, 100)
     wanted = (2 - 0.05) * 1.9 / (0.1 * 0.25)
-    assert float(stability_threshold(train, halfway)) == pytest.approx(wanted)
+    assert float(rule.threshold(halfway)) == pytest.approx(wanted)
     other = {"learning_rate": 1.0, "weight_decay": 0.1, "momentum": 0.9, "epsilon": 1.0}
-    now = rate(train, 50, 100, hyperparameters=other)
-    found = stability_threshold(train, now, hyperparameters=other)
+    now = rate(rule, 50, 100, hyperparameters=other)
+    found = rule.threshold(now, hyperparameters=other)
     assert float(found) == pytest.approx((2 - 0.05) * 1.9 / (0.1 * 0.5))
 
 
 def test_replicas_have_their_own():
-    train = Train(momentum=0.5, nesterov=False)
+    rule = SGD(momentum=0.5, nesterov=False)
     h = {name: jnp.array([0.1, 0.2]) for name in ("learning_rate", "momentum", "weight_decay")}
-    found = jax.vmap(lambda h: stability_threshold(train, hyperparameters=h))(h)
+    found = jax.vmap(lambda h: rule.threshold(hyperparameters=h))(h)
     wanted = [threshold(v, v, l2=v) for v in (0.1, 0.2)]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
@@ -140,6 +140,9 @@ def test_bad_numbers(values, message):
         threshold(**{"learning_rate": 0.1} | values)
 
 
-def test_layers_at_different_rates_have_no_one_threshold():
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_layers_at_different_rates_have_no_one_threshold(kind):
     with pytest.raises(ValueError, match="base_fan_in must be 0 for a threshold, got 256"):
-        stability_threshold(Train(base_fan_in=256))
+        kind(base_fan_in=256).threshold()
+    with pytest.raises(ValueError, match="decay must be 'all' for a threshold, got 'matrices'"):
+        kind(decay="matrices", weight_decay=0.1).threshold()
