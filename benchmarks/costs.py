@@ -16,9 +16,10 @@ from benchmarks import sides
 from benchmarks.measure import Race, Result, race
 from benchmarks.plain import Side
 from benchmarks.sides import Job
-from dynamics import fit
 from dynamics import mesh as meshes
-from dynamics.data.stream import sampled, take
+from dynamics import pace
+from dynamics.data.rows import take
+from dynamics.data.stream import sampled
 from dynamics.record import Recorder
 from dynamics.types import Batch, Dataset, Key, PyTree, Stream
 
@@ -138,7 +139,7 @@ def _checkpoint(name: str, job: Job, k: int, steps: int, quick: bool) -> list[Re
     rows = found.compare(f"rows_{name}", what + "rows only", ("rows", work), without, **lap)
     saves = found.compare(f"save_{name}", what + "a save a lap", ("saves", work), without, **lap)
     held = found.each("saves", 1) - found.each("rows", 1)
-    a_minute = found.each("rows", 1) / found.each("neither", 1) + held / fit.CHECKPOINT_SECONDS
+    a_minute = found.each("rows", 1) / found.each("neither", 1) + held / pace.CHECKPOINT_SECONDS
     low, ratio, high = (float(q) for q in np.quantile(a_minute, (0.25, 0.5, 0.75)))
     note = f"rows as below; a save holds the run up for {np.median(held) * 1e3:.0f} ms in all"
     whole = Result(
@@ -157,7 +158,7 @@ def _race_stores(job: Job, k: int, steps: int, rounds: int, every: dict[str, int
         def side(name: str, interval: int) -> Side:
             options = {}
             if interval:
-                store = Recorder(Path(folder, name), sides.TRAIN)
+                store = Recorder(Path(folder, name), sides.RULE)
                 options = {"store": store, "checkpoint_every": interval}
             return sides.through_fit(job, mesh, steps, rounds, replicas=k, **options)
 

@@ -14,6 +14,7 @@ from benchmarks.plain import CLASSES, Lap, Side
 from benchmarks.plain_curvature import Found, Net, Peer, densities, side, tops
 from dynamics import curvature, models, task
 from dynamics import mesh as meshes
+from dynamics.data import subset
 from dynamics.data.stream import whole
 from dynamics.probes import Sharpness
 from dynamics.types import Batch
@@ -55,7 +56,7 @@ def curvature_transformer(quick: bool) -> list[Result]:
     made = task.classification(models.make(config, 96), (length,), input_dtype=jnp.int32)
     drawn = np.random.default_rng(0).integers(0, 96, (2, n, length)).astype(np.int32)
     batch = Batch(x=jnp.asarray(drawn[0]), y=jnp.asarray(drawn[1]), index=jnp.arange(n))
-    params, extras = jax.jit(made.init)(jax.random.key(0))
+    params, extras = jax.jit(made.init)(jax.random.key(0), {})
     mean = curvature.mean_loss(made)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
@@ -74,16 +75,19 @@ def sharpness_watched(quick: bool) -> list[Result]:
     n, width = SIZES["digits"]
     data = sides.digits().data
     index = np.arange(40 if quick else n)
-    data = data.replace(x=data.x[index], y=data.y[index], index=data.index[index])  # pyright: ignore
+    data = subset(data, index)
     model = models.MLP(width=8 if quick else width, depth=2, activation="tanh")
     job = sides.Job(data, model, len(data), "digits")
     net, rounds, mesh, out = job.task(), 1 if quick else 15, meshes.for_population(1), []
     steps = 2 if quick else 4 * EVERY
     every = 1 if quick else EVERY
     for warm, goal in ((6, 0.35), (8, None)):
-        probe = Sharpness(net, data, every, sides.TRAIN, warm=warm)
+        probe = Sharpness(every, rule=sides.RULE, warm=warm)
         run = functools.partial(
-            sides.through_fit, job, mesh, steps, rounds, net=net, change=lambda _: whole(data, 1)
+            *(sides.through_fit, job, mesh, steps, rounds),
+            net=net,
+            change=lambda _: whole(data, 1),
+            data={"train": data},
         )
         raced = race({"watched": run(probes=[probe]), "alone": run()}, rounds)
         both = raced.each("watched", steps) * 1e6, raced.each("alone", steps) * 1e6

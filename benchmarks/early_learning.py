@@ -10,10 +10,11 @@ from benchmarks import sides
 from benchmarks.measure import Result, race
 from benchmarks.plain import CLASSES, Lap, Side
 from benchmarks.sides import Job
-from dynamics import fit, models, optim, step, task
+from dynamics import fit, models, step, task
 from dynamics import mesh as meshes
 from dynamics.chunk import Chunk
-from dynamics.data.stream import doubled, resident, take
+from dynamics.data.rows import take
+from dynamics.data.stream import doubled, resident
 from dynamics.types import Task, TrainState
 
 REPLICAS = 10
@@ -44,7 +45,7 @@ class Population(NamedTuple):
         """The step as ``fit`` compiles it, and the state it starts from."""
         mesh, net, optimizer = meshes.for_population(self.replicas), self.net(), self.optimizer()
         keys = jax.random.split(jax.random.key(0), self.replicas)
-        scalars = optim.hyperparameters(sides.TRAIN) | SCALARS
+        scalars = sides.RULE.hyperparameters() | SCALARS
         state = fit.init(net, optimizer, keys, scalars, mesh)
         stream = resident(self.job.data, self.job.batch_size, self.replicas)
         stream = doubled(stream) if self.method == "plus" else stream
@@ -52,7 +53,7 @@ class Population(NamedTuple):
 
     def optimizer(self) -> Any:
         """SGD, as of every benchmark."""
-        return optim.make(sides.TRAIN, 1_000_000)
+        return sides.RULE.make(1_000_000)
 
     def trained(self, steps: int) -> Side:
         """So many steps a lap, in chunks as long as they may be: what ``fit`` does in 0.25 s."""
@@ -74,17 +75,17 @@ class Population(NamedTuple):
     def memory(self) -> tuple[float, float]:
         """Temporary and donated bytes of the chunk's program, on one device."""
         chunk, state = self.chunk()
-        if chunk.how == "dispatch":
+        if chunk.program.how == "dispatch":
             return float("nan"), float("nan")
         arguments = (state, (chunk.own, ()), np.int32(1), chunk.shared)
-        found: Any = chunk._loop.lower(*arguments).compile().memory_analysis()
+        found: Any = chunk.program.loop.lower(*arguments).compile().memory_analysis()
         return found.temp_size_in_bytes, found.alias_size_in_bytes
 
     def flops(self) -> float:
         """Of one step of one replica, as the compiler counts them."""
         net, optimizer, b = self.net(), self.optimizer(), self.job.batch_size
         h = {name: jnp.float32(x) for name, x in SCALARS.items()}
-        h |= {name: jnp.float32(x) for name, x in optim.hyperparameters(sides.TRAIN).items()}
+        h |= {name: jnp.float32(x) for name, x in sides.RULE.hyperparameters().items()}
         state = jax.eval_shape(lambda key: step.init(net, optimizer, key, h), jax.random.key(0))
         rows = jnp.arange(b * (2 if self.method == "plus" else 1)) % b
         batch = jax.eval_shape(take, self.job.data, rows)
@@ -93,7 +94,7 @@ class Population(NamedTuple):
 
     def table(self) -> tuple[int, int]:
         """Bytes of one replica's targets, and of its parameters."""
-        params, extras = jax.eval_shape(self.net().init, jax.random.key(0))
+        params, extras = jax.eval_shape(self.net().init, jax.random.key(0), {})
         size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
         return size(extras.get("targets", ())), size(params)
 

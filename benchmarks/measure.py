@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from benchmarks.plain import Lap, Side
-from dynamics.types import PyTree, TrainState
+from dynamics.types import Context, PyTree, TrainState
 
 WARM = 2  # laps after the first, which compiles, that are not used either
 
@@ -164,16 +164,16 @@ class LapProbe:
         self._last = every * laps
         self._lap = lap
 
-    def start(self, state: TrainState, each: Any) -> PyTree:
+    def start(self, context: Context, state: TrainState) -> PyTree:
         """Nothing is remembered."""
         return ()
 
-    def measure(self, carry: PyTree, state: TrainState, each: Any) -> tuple[PyTree, dict]:
+    def measure(self, context: Context, carry: PyTree, state: TrainState) -> tuple[PyTree, dict]:
         """The end of a lap; after the last one, fit may end by itself and close its files."""
         jax.block_until_ready(state.params)
         try:
             self._lap()
         except OverError:
-            if int(state.step[0]) < self._last:
+            if int(state.step) < self._last:
                 raise
         return carry, {}

@@ -6,7 +6,7 @@ Nothing is run, so no data are needed: what the examples are does not change a p
 import argparse
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from dynamics import fit, mesh, models, optim, plan, population, scores, task
 from dynamics.data.stream import resident
 from dynamics.models.resnet import ResNetModule
 from dynamics.probes import Score, Sharpness
+from dynamics.training import Train
 from dynamics.types import Batch, Dataset, Task, TrainState
 from experiments import plan as words
 
@@ -42,8 +43,7 @@ def examples(count: int, *shape: int, tokens: bool = False) -> Dataset:
     kind, size = (np.uint16, 0) if tokens else (np.uint8, shape[-1])
     x = np.broadcast_to(kind(0), (count, *shape))
     y = np.broadcast_to(np.int32(0), x.shape if tokens else (count,))
-    index = np.arange(count, dtype=np.int32)
-    return Dataset(x, y, index, np.zeros(size, np.float32), np.ones(size, np.float32))
+    return Dataset(x, y, np.zeros(size, np.float32), np.ones(size, np.float32))
 
 
 def resnet50(on: list, topology: str) -> Iterator[str]:
@@ -51,7 +51,7 @@ def resnet50(on: list, topology: str) -> Iterator[str]:
     net, chip = task.of_dataset(Stemmed(), examples(1, 224, 224, 3)), chip_of(topology)
     where = mesh.make(2, len(on) // 2, 1, devices=on)
     keys = jax.random.split(jax.random.key(0), 10)
-    state = fit.init(net, optim.make(optim.Train(), STEPS), keys, {}, where)
+    state = fit.init(net, optim.SGD().make(STEPS), keys, {}, where)
     images = mesh.placed(Batch(*batch_of(256, 224, 224, 3)), mesh.everywhere(where))
 
     def score(state: TrainState, batch: Batch) -> jax.Array:
@@ -78,13 +78,15 @@ def transformer(on: list, topology: str) -> Iterator[str]:
     """1.1e9 parameters, Adam, a sequence of 1,024 tokens a chip; sharpness by 10 products."""
     data = examples(4096, 1024, tokens=True)
     net = models.Transformer(width=2048, depth=20, num_heads=16, max_length=1024)
-    some = examples(len(on), 1024, tokens=True)  # of a product, which is in float32
-    sharpness = Sharpness(task.of_dataset(models.make(net, 32768), some), some, 100, cold=10)
+    some = examples(len(on), 1024, tokens=True)  # of a product
     half = dataclasses.replace(net, precision="bfloat16")
-    made = task.of_dataset(models.make(half, 32768), data)
-    train = optim.Train(rule="adam", batch_size=len(on), weight_decay=0.1)
+    exact, made = (task.of_dataset(models.make(one, 32768), data) for one in (net, half))
+    made = made._replace(evaluate=exact.evaluate)  # curvature is of the loss in float32
+    train = Train(optimizer=optim.Adam(weight_decay=0.1), batch_size=len(on))
     where = mesh.make(1, len(on), 1, devices=on)
-    found = planned(made, data, train, 1, where, [sharpness], mesh.FULLY_SHARDED).compile()
+    sharpness = Sharpness(100, on="some", cold=10)
+    seen = {"some": some}
+    found = planned(made, data, train, 1, where, [sharpness], mesh.FULLY_SHARDED, seen).compile()
     yield from words.report(found, topology, chip_of(topology))
 
 
@@ -92,8 +94,8 @@ def many(on: list, topology: str) -> Iterator[str]:
     """1,000 and 1,024 replicas of 64-128-128-10 on digits, on the mesh of least time."""
     data, chip = examples(1437, 8, 8, 1), chip_of(topology)
     net = task.of_dataset(models.make(models.MLP(width=128, depth=2), 10), data)
-    train = optim.Train(batch_size=64, momentum=0.9)
-    el2n = Score(scores.el2n, net, data, 1, "el2n")
+    train = Train(optimizer=optim.SGD(momentum=0.9), batch_size=64)
+    el2n = Score(scores.el2n, 1, "el2n")
     for count in (1000, 1024):
         work = planned(net, data, train, count, mesh.make(devices=on)).work()
         best = words.ranked(work, len(on), chip or words.CORE, words.fewest(on))[0]
@@ -110,19 +112,26 @@ def chip_of(topology: str) -> words.Chip | None:
 def planned(
     net: Task,
     data: Dataset,
-    train: optim.Train,
+    train: Train,
     replicas: int,
     where: Mesh,
     probes: list | None = None,
     rules: mesh.Rules = mesh.TENSOR_PARALLEL,
+    seen: Mapping[str, Dataset] | None = None,
 ) -> plan.Planned:
-    """What ``fit`` would run."""
-    optimizer, scalars = optim.make(train, STEPS), optim.hyperparameters(train)
+    """What ``fit`` would run; probes see the data as train, or those given."""
+    rule = train.optimizer
+    optimizer, scalars = rule.make(STEPS), rule.hyperparameters()
     keys = jax.random.split(jax.random.key(0), replicas)
     state = fit.init(net, optimizer, keys, scalars, where, rules)
     stream = resident(data, train.batch_size, replicas)
     try:
-        fit.fit(net, optimizer, state, stream, STEPS, where, probes=probes or (), rules=rules)
+        fit.fit(
+            *(net, optimizer, state, stream, STEPS, where),
+            probes=probes or (),
+            data=seen or {"train": data},
+            rules=rules,
+        )
     except plan.Planned as found:
         return found
     raise ValueError(f"{where} is of this machine: give a mesh of mesh.topology(name)")

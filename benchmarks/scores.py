@@ -12,9 +12,9 @@ import numpy as np
 from benchmarks import plain, plain_scores, sides
 from benchmarks.measure import Race, Result, race
 from benchmarks.plain import CLASSES, Lap, Side
-from dynamics import fit, models, optim, population, step, task, watch
+from dynamics import fit, models, population, step, task, watch
 from dynamics import mesh as meshes
-from dynamics.data.stream import take
+from dynamics.data.rows import subset, take
 from dynamics.probes import Score
 from dynamics.scores import el2n, grand, grand_last_layer, loss
 from dynamics.types import Batch, Dataset, PyTree, Task, TrainState
@@ -99,13 +99,13 @@ def grand_transformer(quick: bool) -> list[Result]:
 
 
 def _net(name: str, about: str, made: Task, batch: Batch, calls: Mapping[str, int]) -> Net:
-    params, extras = jax.jit(made.init)(jax.random.key(0))
+    params, extras = jax.jit(made.init)(jax.random.key(0), {})
     about = f"{about}, batch {len(batch.index)}"
     return Net(name, about, made, step.given(params, extras), batch, calls)
 
 
 def _batch(data: Dataset, n: int) -> Batch:
-    return jax.jit(take)(_first(data, n), jnp.arange(n))
+    return jax.jit(take)(subset(data, slice(n)), jnp.arange(n))
 
 
 def _rows(net: Net, rounds: int, quick: bool, goals: Mapping[str, float]) -> list[Result]:
@@ -250,19 +250,20 @@ def _beside_torch(net: Net, found: Race, same: Same) -> list[Result]:
 def dataset(quick: bool) -> list[Result]:
     """EL2N and GraNd of all examples by every replica, beside a bare forward pass of both."""
     job, k = sides.mnist(), 2 if quick else REPLICAS
-    data = _first(job.data, 300) if quick else job.data
+    data = subset(job.data, slice(300)) if quick else job.data
     mesh, trained = meshes.for_population(k), job.task()
-    keys, optimizer = jax.random.split(jax.random.key(0), k), optim.make(sides.TRAIN, 1)
-    scalars = optim.hyperparameters(sides.TRAIN)
+    keys, optimizer = jax.random.split(jax.random.key(0), k), sides.RULE.make(1)
+    scalars = sides.RULE.hyperparameters()
     state = fit.init(trained, optimizer, keys, scalars, mesh)
-    each = watch.each_replica(mesh, population.choose(jax.default_backend(), convolutional=False))
+    how = population.choose(jax.default_backend(), convolutional=False)
+    context = watch.context(trained, mesh, {"train": data}, how)
 
     def scored(score: Callable) -> Side:
-        probe = Score(score, trained, data, every=1, name="score")
+        probe = Score(score, every=1, name="score")
 
         def run(lap: Lap) -> None:
             while True:
-                jax.block_until_ready(probe.measure((), state, each))
+                jax.block_until_ready(probe.measure(context, (), state))
                 lap()
 
         return run
@@ -279,7 +280,3 @@ def dataset(quick: bool) -> list[Result]:
         found.compare("el2n_dataset", what, sizes[0], sizes[1], goal=1.3, **more),
         found.compare("grand_dataset", f"GraNd / EL2N: {about}", sizes[2], sizes[0], **more),
     ]
-
-
-def _first(data: Dataset, n: int) -> Dataset:
-    return Dataset(data.x[:n], data.y[:n], data.index[:n], data.mean, data.std)

@@ -17,7 +17,7 @@ from dynamics.data import DataConfig
 from dynamics.data.stream import resident
 from dynamics.types import Dataset, Stream, Task
 
-TRAIN = optim.Train(
+RULE = optim.SGD(
     learning_rate=plain.LEARNING_RATE, momentum=plain.MOMENTUM, nesterov=True, weight_decay=0.0
 )
 
@@ -84,7 +84,6 @@ def noise(n: int, *shape: int) -> Dataset:
     return Dataset(
         x=draw.integers(0, 256, (n, *shape), np.uint8),
         y=draw.integers(0, CLASSES, n).astype(np.int32),
-        index=np.arange(n, dtype=np.int32),
         mean=mean,
         std=np.full_like(mean, 74),
     )
@@ -107,9 +106,9 @@ def through_fit(
 
     def run(lap: Lap) -> None:
         trained, total = net or job.task(), steps * laps
-        optimizer = optim.make(TRAIN, total)
+        optimizer = RULE.make(total)
         keys = jax.random.split(jax.random.key(0), replicas)
-        state = fit.init(trained, optimizer, keys, optim.hyperparameters(TRAIN), mesh)
+        state = fit.init(trained, optimizer, keys, RULE.hyperparameters(), mesh)
         stream = change(resident(job.data, job.batch_size, replicas))
         watching = [*probes, LapProbe(steps, laps, lap)]
         fit.fit(trained, optimizer, state, stream, total, mesh, probes=watching, **options)
