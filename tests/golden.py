@@ -121,11 +121,20 @@ def differences(earlier: Path, now: Path) -> Iterator[str]:
 
 def changed(old: Figure, new: Figure) -> list[str]:
     """A line for each place whose number, text or claim is another."""
+    found = [(p, old.get(p, "nothing"), new.get(p, "nothing")) for p in {**old, **new}]
     return [
-        f"{' '.join(map(str, place))}: {old.get(place, 'nothing')} -> {new.get(place, 'nothing')}"
-        for place in {**old, **new}
-        if old.get(place, "nothing") != new.get(place, "nothing")
+        f"{' '.join(map(str, place))}: {then} -> {now}"
+        for place, then, now in found
+        if _plain(then) != _plain(now)
     ]
+
+
+def _plain(value: Any) -> Any:
+    """The number of a cell that is one: 20 is 20.0."""
+    try:
+        return float(value) if isinstance(value, str) and value != "nan" else value
+    except ValueError:
+        return value
 
 
 def figures(folder: Path) -> dict[str, list[Figure]]:

@@ -38,6 +38,10 @@ def test_each_difference_is_a_line(tmp_path: Path) -> None:
         "window claim 0 effect: 2.0 -> 0.5",
         "window claim 0 holds: True -> False",
     ]
+    (now / "window.csv").write_text(CSV.format(2.5).replace("two,1,", "two,1.0,"))
+    stored(then, "window", effect=0.5)
+    assert list(golden.differences(then, now)) == []  # the same numbers
+    stored(then, "window")
     stored(now, "other")
     stored(now, "window")
     assert list(golden.differences(then, now)) == ["other: there were 0 figures, now 1"]
