@@ -21,7 +21,7 @@ from dynamics.models.resnet import ResNetModule
 from dynamics.probes import Score, Sharpness
 from dynamics.training import Train
 from dynamics.types import Batch, Dataset, Task, TrainState
-from experiments import plan as words
+from runner import plan as words
 
 STEPS = 1000
 

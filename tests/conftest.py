@@ -54,7 +54,7 @@ LONG = re.compile(
             r"test_data_diet\.py::test_the_mesh_is_checked_for_what_a_study_trains\[[1-9]\]",
             r"test_early_learning\.py::test_(lambda_and_beta_matter|controls_memorise|elr_with_noise)",
             r"test_segmentation_noise\.py::test_(the_table|methods_are_paired)",
-            r"test_cli\.py::test_run_sweep_and_draw",
+            r"test_command\.py::test_run_sweep_and_draw",
             r"test_trace\.py::test_xtrace_wins",
             r"test_pvi\.py::test_the_null_model_learns",
         ]

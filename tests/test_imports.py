@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("dynamics", "experiments", "configs", "paper_figures")
+PACKAGES = ("dynamics", "experiments", "runner", "configs", "paper_figures")
 
 # A module imports modules of higher lines and of its own package; not its neighbours on a line.
 LAYERS = """
@@ -40,11 +40,11 @@ ONLY = {  # third-party package -> where it may be imported
     "matplotlib": {"paper_figures/"},
     "orbax": {"dynamics/checkpoint/"},
     "polars": {"dynamics/record/", "dynamics/training.py", "experiments/", "paper_figures/"},
-    "rich": {"experiments/"},
+    "rich": {"runner/"},
     "sklearn": {"dynamics/data/", "dynamics/scores/noise.py"},
-    "submitit": {"experiments/"},
+    "submitit": {"runner/"},
     "tueplots": {"paper_figures/"},
-    "tyro": {"experiments/__main__.py"},
+    "tyro": {"runner/command.py"},
 }
 JIT = {  # the drivers: everything else composes
     "dynamics/chunk.py",
@@ -126,9 +126,18 @@ def test_every_module_of_dynamics_has_its_place() -> None:
 
 
 def test_experiments_import_the_library() -> None:
+    """The command line alone knows what imports the command line: ``python -m experiments``."""
+    entry = ROOT / "experiments" / "__main__.py"
     for path in files("experiments"):
+        allowed = ("runner",) if path == entry else ("dynamics", "experiments")
         for place, module, _ in of_us(path):
-            assert module.split(".")[0] in ("dynamics", "experiments"), f"{place}: {module}"
+            assert module.split(".")[0] in allowed, f"{place}: {module}"
+
+
+def test_the_runner_imports_experiments_and_the_library() -> None:
+    for path in files("runner"):
+        for place, module, _ in of_us(path):
+            assert module.split(".")[0] in ("dynamics", "experiments", "runner"), place
 
 
 def test_presets_import_values_only() -> None:

@@ -13,8 +13,8 @@ from test_mesh import collectives as groups_of
 
 from dynamics import mesh, plan
 from dynamics.probes import AreaUnderMargin, Evaluate, Sharpness
-from experiments import __main__ as cli
-from experiments import plan as words
+from runner import command as cli
+from runner import plan as words
 
 RULES = {"tp": mesh.TENSOR_PARALLEL, "fsdp": mesh.FULLY_SHARDED}
 

@@ -26,7 +26,7 @@ from dynamics.record.files import (
     stacked,
     write,
 )
-from dynamics.record.points import completed
+from dynamics.record.points import alone, completed, finished
 from dynamics.record.reading import export, read, read_all, runs
 from dynamics.record.writing import Recorder, named, provenance
 
@@ -37,9 +37,11 @@ __all__ = [
     "RecordError",
     "Recorder",
     "Run",
+    "alone",
     "asked",
     "completed",
     "export",
+    "finished",
     "frame",
     "named",
     "over_steps",

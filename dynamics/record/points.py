@@ -1,21 +1,59 @@
 """Many points, each under the fingerprint of its config: computed once, alone or together."""
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dynamics import config as configs
 from dynamics import hosts
 from dynamics.record.files import AGAIN, Findings, RecordError, asked, reading, writing
+from dynamics.record.lock import fcntl
 from dynamics.record.reading import read
 from dynamics.record.writing import Recorder, still_marked
+
+log = logging.getLogger(__name__)
 
 GROUP = "group-"  # begins the name of a directory in which several points are computed
 
 T = TypeVar("T")
+
+
+def finished(folder: Path, points: Sequence[Any]) -> bool:
+    """Whether all points have their ``done.json`` in a folder."""
+    return all((folder / configs.fingerprint(point) / "done.json").is_file() for point in points)
+
+
+@contextmanager
+def alone(folder: Path, points: Sequence[Any], *, wait: bool) -> Iterator[bool]:
+    """True in a context in which no other process computes the points; without ``wait``, or False.
+
+    A lock on one byte for each point of the empty file ``<folder>/locks``, which ends with the
+    process, however it ends. Finished points need none, and of several processes of one run the
+    first holds for all. Not to be nested for one folder: a process has all its locks or none.
+    """
+    if fcntl is None or not hosts.is_first() or finished(folder, points):
+        yield True
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    places = sorted({int(configs.fingerprint(point), 16) >> 2 for point in points})
+    with (folder / "locks").open("ab") as file:
+        for place in places:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+            except (BlockingIOError, PermissionError):
+                if not wait:
+                    yield False
+                    return
+                log.info("waiting for another process that computes in %s", folder)
+                fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
+            except OSError as error:
+                log.warning("%s has no locks: start nothing else in it (%s)", folder, error)
+                break
+        yield True
 
 
 def completed(

@@ -11,14 +11,13 @@ import numpy as np
 import polars as pl
 
 from dynamics import config as configs
-from dynamics import optim, scores, statistics, training
+from dynamics import optim, record, scores, statistics, training
 from dynamics.data import corrupt
 from dynamics.data.sources import Splits
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, VarianceOfGradients
 from dynamics.record import Array, Findings
 from dynamics.training import Trained
 from dynamics.types import Batch, Dataset, Task, TrainState
-from experiments import worker
 from experiments.data_diet.config import Config, Method, ScoringConfig, scoring_part
 from experiments.experiment import Experiment, Job, indices
 
@@ -82,7 +81,7 @@ def banks_of(job: Job[Any, Any], points: Sequence[Config]) -> list[Bank]:
     folder = None if job.store is None else job.store / SCORES.name
     found: dict[ScoringConfig, Bank] = {}
     for group in configs.group(dict.fromkeys(parts)):
-        with nullcontext() if folder is None else worker.alone(folder, group, wait=True):
+        with nullcontext() if folder is None else record.alone(folder, group, wait=True):
             several = SCORES.sweep(group, job.data, job.mesh, store=job.store)
         for part, findings in zip(group, several, strict=True):
             found[part] = Bank(findings.arrays, findings.frames["scored"])

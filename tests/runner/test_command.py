@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 
 from dynamics import record, scores
-from experiments import __main__ as cli
+from runner import command as cli
 
 ROOT = Path(__file__).parent.parent.parent
 PRESET = "configs/data_diet/digits.py"

@@ -23,9 +23,9 @@ from submitit.slurm.slurm import SlurmExecutor  # noqa: E402
 
 from dynamics import config as configs  # noqa: E402
 from dynamics import record  # noqa: E402
-from experiments import __main__ as cli  # noqa: E402
 from experiments import early_learning_theory as theory  # noqa: E402
-from experiments import launch, progress, worker  # noqa: E402
+from runner import command as cli  # noqa: E402
+from runner import launch, progress, worker  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "launching.md").read_text()
@@ -56,7 +56,7 @@ def kill_who_takes(unit: launch.Unit, home: Path, over: threading.Event, killed:
     while not over.wait(0.005):
         for folder in home.glob("launches/*"):
             beside = worker.job_of(folder, unit)  # submitit's process beside the worker
-            if beside and not worker.done(home, unit):
+            if beside and not record.finished(home, unit):
                 children = Path(f"/proc/{beside}/task/{beside}/children")
                 for pid in map(int, children.read_text().split() if children.exists() else ()):
                     if pid not in killed:
@@ -87,7 +87,7 @@ def test_a_killed_worker_takes_no_other_with_it(tmp_path: Path, capsys: Any) -> 
     assert "its worker died again" in said and "_log.err" in said
     assert "the same command computes what is missing" in said
     others = [point for unit in cut[1:] for point in unit]
-    assert worker.done(home, others) and not any(worker.done(home, (p,)) for p in victim)
+    assert record.finished(home, others) and not any(record.finished(home, (p,)) for p in victim)
 
     stamps = {path: path.stat() for path in home.glob("*/done.json")}
     assert len(stamps) == len(others)
@@ -144,8 +144,8 @@ def test_two_processes_do_not_compute_one_point(tmp_path: Path) -> None:
     holder = (
         "import sys, time, unittest.mock as m; from pathlib import Path\n"
         "import jax; jax.process_index = lambda: 0\n"
-        "from experiments import worker; from experiments.early_learning_theory import Config\n"
-        "with worker.alone(Path(sys.argv[1]), (Config(seed=1), Config(seed=2)), wait=False) as a:\n"
+        "from dynamics import record; from experiments.early_learning_theory import Config\n"
+        "with record.alone(Path(sys.argv[1]), (Config(seed=1), Config(seed=2)), wait=False) as a:\n"
         "    print(a, flush=True); time.sleep(60)\n"
     )
     held = [theory.Config(seed=seed) for seed in range(4)]
@@ -153,15 +153,15 @@ def test_two_processes_do_not_compute_one_point(tmp_path: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "True\n"
         for points, free in ((held[:1], True), (held[2:], False), (held[3:], True)):
-            with worker.alone(tmp_path, points, wait=False) as mine:
+            with record.alone(tmp_path, points, wait=False) as mine:
                 assert mine == free
         process.kill()
-        with worker.alone(tmp_path, held, wait=True) as mine:
+        with record.alone(tmp_path, held, wait=True) as mine:
             assert mine
     (tmp_path / configs.fingerprint(held[0])).mkdir()
     (tmp_path / configs.fingerprint(held[0]) / "done.json").touch()
     tmp_path.chmod(0o555)
-    with worker.alone(tmp_path, held[:1], wait=False) as mine:
+    with record.alone(tmp_path, held[:1], wait=False) as mine:
         assert mine  # finished: nothing will be written
 
 

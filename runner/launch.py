@@ -3,7 +3,7 @@
 A unit is what a process computes at a time: points of one compiled program, which train as one
 population, cut into as many equal parts as give every process its share. The same command makes
 the same units, so that a killed one continues from its checkpoint; one whose points all have their
-``done.json`` is not begun. No point is computed by two processes at once (``worker.alone``).
+``done.json`` is not begun. No point is computed by two processes at once (``record.alone``).
 
 ``<runs>/<experiment>/launches/<time>-<process>/`` holds the logs of the workers (``*_log.err``) and
 for each unit ``<unit>.taken``, a link to the id of the job that began it, ``<unit>.failed``, which
@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dynamics import config as configs
-from experiments import progress, worker
-from experiments.worker import Unit
+from dynamics import record
+from runner import progress, worker
+from runner.worker import Unit
 
 AGAIN = 1  # times that a unit is given to another worker after its own died
 SECONDS = 0.3  # between looks at the workers
@@ -98,7 +99,7 @@ def launch(
     """
     runs = runs.absolute()
     home, cut = runs / name, units(points, how.workers)
-    missing = [unit for unit in cut if not worker.done(home, unit)]
+    missing = [unit for unit in cut if not record.finished(home, unit)]
     why: dict[Unit, str] = _elsewhere(home, missing) if how.slurm is not None else {}
     todo = [unit for unit in missing if unit not in why]
     if not todo:
@@ -115,7 +116,9 @@ def launch(
             while True:
                 for slot in [slot for slot, job in jobs.items() if job.done()]:
                     _judge(folder, slots[slot], jobs.pop(slot), died, why, home)
-                left = [unit for unit in todo if unit not in why and not worker.done(home, unit)]
+                left = [
+                    unit for unit in todo if unit not in why and not record.finished(home, unit)
+                ]
                 free = {unit for unit in left if not worker.job_of(folder, unit)}
                 idle = [s for s in range(len(slots)) if s not in jobs and free & set(slots[s])]
                 if start := idle[: max(0, len(left) - len(jobs))]:
@@ -124,7 +127,7 @@ def launch(
                     _remember(folder, slots, jobs, how)
                 if not jobs:
                     break
-                finished = sum(worker.done(home, (point,)) for point in points)
+                finished = sum(record.finished(home, (point,)) for point in points)
                 lost = f", {sum(map(len, why))} failed" if why else ""
                 say(f"{name}: {finished} of {len(points)} points, workers: {len(jobs)}{lost}")
                 time.sleep(SECONDS)
@@ -135,7 +138,9 @@ def launch(
     finally:
         signal.signal(signal.SIGTERM, before)
     return {
-        unit: why.get(unit, "it was not begun") for unit in missing if not worker.done(home, unit)
+        unit: why.get(unit, "it was not begun")
+        for unit in missing
+        if not record.finished(home, unit)
     }
 
 
@@ -152,7 +157,7 @@ def _judge(
     taken = [unit for unit in units if worker.job_of(folder, unit) == job.job_id]
     none_yet = [unit for unit in units if not worker.job_of(folder, unit)]
     for unit in taken or ([] if well else none_yet):
-        if worker.done(home, unit):
+        if record.finished(home, unit):
             continue
         if (failed := worker.mark(folder, unit, "failed")).exists():
             why[unit] = failed.read_text()

@@ -3,58 +3,17 @@
 import importlib
 import itertools
 import os
-import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from dynamics import config as configs
-from experiments import progress
+from dynamics import record
+from runner import progress
 
 Unit = tuple[Any, ...]  # points that are computed together
-
-
-def done(home: Path, unit: Sequence[Any]) -> bool:
-    """Whether all points of a unit are finished."""
-    return all((home / configs.fingerprint(point) / "done.json").is_file() for point in unit)
-
-
-@contextmanager
-def alone(home: Path, points: Sequence[Any], *, wait: bool) -> Iterator[bool]:
-    """Hold the points while no other process does; without ``wait``, whether that was possible.
-
-    A lock on one byte for each point of the empty file ``<home>/locks``, which ends with the
-    process, however it ends. Finished points need none, and of several processes of one run the
-    first holds for all.
-    """
-    import jax
-
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows
-        yield True
-        return
-    if jax.process_index() or done(home, points):
-        yield True
-        return
-    home.mkdir(parents=True, exist_ok=True)
-    places = sorted({int(configs.fingerprint(point), 16) >> 2 for point in points})
-    with (home / "locks").open("ab") as file:
-        for place in places:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-            except (BlockingIOError, PermissionError):
-                if not wait:
-                    yield False
-                    return
-                print(f"waiting for another process that computes in {home}", file=sys.stderr)
-                fcntl.lockf(file, fcntl.LOCK_EX, 1, place)
-            except OSError as error:
-                print(f"{home} has no locks: start nothing else in it ({error})", file=sys.stderr)
-                break
-        yield True
 
 
 def work(
@@ -83,11 +42,11 @@ def work(
     job = submitit.JobEnvironment()
     several = jax.process_count() > 1  # of a job, which has one unit: all of them do the same
     for wait, unit in itertools.product((True,) if several else (False, True), todo):
-        if not several and done(home, unit):
+        if not several and record.finished(home, unit):
             continue
         if not jax.process_index() and not _take(job.paths.folder, unit, job):
             continue
-        with alone(home, unit, wait=wait) as mine, progress.shown():
+        with record.alone(home, unit, wait=wait) as mine, progress.shown():
             try:
                 if mine:
                     data = module.load(unit[0], data_folder)

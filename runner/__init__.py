@@ -1,0 +1,1 @@
+"""The command line: runs, sweeps, plans, exports, and several processes of one sweep."""
