@@ -6,6 +6,7 @@ written for one replica; ``population`` adds the leading axis.
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -16,6 +17,7 @@ PyTree = Any
 Leaf = Any  # an array; a ShapeDtypeStruct, sharding or spec where the tree describes arrays
 Key = jax.Array
 Scalars = Mapping[str, Any]
+NO_SCALARS: Scalars = MappingProxyType({})
 
 INIT, ORDER, LOSS, AUGMENT, PROBE, OPTIMIZER = range(6)  # purposes a root key is folded with
 NEVER = 2**31 - 1  # the step at which something that has not happened happened
@@ -131,7 +133,7 @@ class Task(NamedTuple):
     """
 
     init: Callable[[Key, Scalars], tuple[PyTree, PyTree]]
-    """``(key, hyperparameters) -> (params, extras)``; the hyperparameters are the replica's."""
+    """``(key, hyperparameters={}) -> (params, extras)``; the hyperparameters are the member's."""
     loss: Callable[[PyTree, PyTree, Batch, Key, Scalars], tuple[jax.Array, tuple[PyTree, Aux]]]
     """``(params, extras, batch, key, hyperparameters) -> (scalar, (extras, aux))``, training mode.
     The scalar is the mean over the batch of ``weight * loss`` plus whatever the method adds;

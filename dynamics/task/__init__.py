@@ -14,7 +14,7 @@ from dynamics.task.elr import elr
 from dynamics.task.elr_plus import elr_plus
 from dynamics.task.methods import of_methods
 from dynamics.task.z_loss import z_loss
-from dynamics.types import Aux, Batch, Dataset, Key, PyTree, Scalars, Task
+from dynamics.types import NO_SCALARS, Aux, Batch, Dataset, Key, PyTree, Scalars, Task
 
 __all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function", "of_methods", "z_loss"]
 
@@ -47,7 +47,7 @@ class _Classification:
     each: Loss
     input_dtype: Any
 
-    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+    def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         x = jnp.zeros((1, *self.input_shape), self.input_dtype)
         variables = dict(self.module.init({"params": key, "dropout": key}, x, train=False))
         return variables.pop("params"), variables
@@ -95,7 +95,7 @@ class _Function:
     start: Callable[[Key], PyTree] | None
     each: Loss
 
-    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+    def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         if self.start is None:
             raise ValueError("task.of_function needs init=(key -> params) to make parameters")
         return self.start(key), {}

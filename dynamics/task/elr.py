@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dynamics import losses
 from dynamics.task.methods import of_methods
-from dynamics.types import Aux, Batch, Key, Leaf, PyTree, Scalars, Task, Written
+from dynamics.types import NO_SCALARS, Aux, Batch, Key, Leaf, PyTree, Scalars, Task, Written
 
 BLOCK = 256  # the number of rows is a multiple of it, so that a table divides over devices
 
@@ -42,7 +42,7 @@ class _Elr:
     num_examples: int
     num_classes: int
 
-    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+    def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         params, extras = self.inner.init(key, hyperparameters)
         shape = table_shape(self.num_examples, self.num_classes)
         return params, {**extras, "targets": jnp.zeros(shape, jnp.float32)}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from dynamics import losses
 from dynamics.task.elr import check, scalars, table_shape
 from dynamics.task.methods import of_methods
-from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task, Written
+from dynamics.types import NO_SCALARS, Aux, Batch, Key, PyTree, Scalars, Task, Written
 
 Net = Literal["first", "second"]
 NETS: tuple[Net, ...] = ("first", "second")
@@ -73,7 +73,7 @@ class _ElrPlus:
     reweight: bool
     reads: Net
 
-    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+    def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         made = {
             net: self.inner.init(jax.random.fold_in(key, k), hyperparameters)
             for k, net in enumerate(NETS)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from dynamics import losses
 from dynamics.task.methods import of_methods
-from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task
+from dynamics.types import NO_SCALARS, Aux, Batch, Key, PyTree, Scalars, Task
 
 SCALES = (0.75, 1.0, 1.5)
 
@@ -85,7 +85,7 @@ class _Multiscale:
     per: Per
     cross_entropy: Literal["native", "scales"]
 
-    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+    def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         return self.inner.init(key, hyperparameters)
 
     def loss(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from dynamics.losses import over_labels
 from dynamics.task.elr import scalars
 from dynamics.task.methods import of_methods
-from dynamics.types import Aux, Batch, Key, PyTree, Scalars, Task
+from dynamics.types import NO_SCALARS, Aux, Batch, Key, PyTree, Scalars, Task
 
 
 def z_loss(inner: Task) -> Task:
@@ -32,7 +32,7 @@ def z_loss(inner: Task) -> Task:
 class _ZLoss:
     inner: Task
 
-    def init(self, key: Key, hyperparameters: Scalars) -> tuple[PyTree, PyTree]:
+    def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         return self.inner.init(key, hyperparameters)
 
     def loss(
