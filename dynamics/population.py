@@ -15,7 +15,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 
 from dynamics import mesh as meshes
-from dynamics.types import PyTree, TrainState
+from dynamics.types import Leaf, PyTree, TrainState
 
 How = Literal["vmap", "map", "dispatch"]
 
@@ -171,7 +171,7 @@ def concatenate(states: Sequence[TrainState]) -> TrainState:
     return _together(jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts), [states[0].step])
 
 
-def _apart(tree: PyTree) -> tuple[PyTree, list[jax.Array]]:
+def _apart(tree: PyTree) -> tuple[PyTree, list[Leaf]]:
     """A tree without the clocks of the states in it, and these clocks."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_state)
     clocks = [leaf.step for leaf in leaves if _is_state(leaf)]
@@ -179,7 +179,7 @@ def _apart(tree: PyTree) -> tuple[PyTree, list[jax.Array]]:
     return structure.unflatten(rest), clocks
 
 
-def _together(tree: PyTree, clocks: Sequence[jax.Array]) -> PyTree:
+def _together(tree: PyTree, clocks: Sequence[Leaf]) -> PyTree:
     """The inverse of ``_apart``."""
     leaves, structure = jax.tree.flatten(tree, is_leaf=_is_state)
     ticking = iter(clocks)

@@ -148,7 +148,7 @@ def turn(job: Job[Config, Velocity]) -> Findings:
     study, data, banks = job.study, job.data, scoring.banks(job)
     members = _members(job)
     about, groups = _groups(job, banks)
-    epochs = {training.steps(job.config.train, data, e): e for e in range(study.epochs + 1)}
+    epochs = {training.steps(job.config.train, data, float(e)): e for e in range(study.epochs + 1)}
     own = members["point"].to_list()
     trained = scoring.fitted(
         job,

@@ -11,7 +11,7 @@ import tiny
 from flax import linen as nn
 from references import segmentation as reference
 
-from dynamics import fit, mesh, optim, task
+from dynamics import fit, mesh, optim, population, task
 from dynamics.data.stream import resident
 from dynamics.record import Recorder
 from dynamics.revise import DETECT, IGNORED, Adele, Correction, Curve, Detection
@@ -308,7 +308,7 @@ def test_convolutions_over_scales() -> None:
     assert np.isfinite(tiny.losses(results, "consistency")).all()
     assert (labels[0] == LABELS[0]).all()
     for k in (1, 2):
-        member = jax.tree.map(lambda x, k=k: x[k], results.state)
+        member = population.take(results.state, k)
         classes, sure = over_examples(predicted, net, member, DATA)
         wanted = reference.corrected(
             *(LABELS[k], np.asarray(classes), np.asarray(sure), [False, True, False]),

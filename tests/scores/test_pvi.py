@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from dynamics import fit, mesh, models, optim, scores, task
+from dynamics import fit, mesh, models, optim, population, scores, task
 from dynamics.data import DataConfig, load, subset
 from dynamics.data.rows import take
 from dynamics.data.stream import resident
@@ -63,7 +63,7 @@ def losses(data: Dataset, batch_size: int, num_steps: int, **fields: Any) -> np.
     stream = resident(data, batch_size, 2)
     results = fit.fit(net, optimizer, state, stream, num_steps, here)
     assert results.state is not None
-    members = [jax.tree.map(lambda x, r=r: x[r], results.state) for r in range(2)]
+    members = [population.take(results.state, r) for r in range(2)]
     each = [np.asarray(scores.over_examples(scores.loss, net, m, data)) for m in members]
     return np.stack(each)
 
