@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from dynamics import mesh as meshes
 from dynamics import population, step
+from dynamics.data.rows import check_classes
 from dynamics.types import Aux, Observer, PyTree, Stream, Task, TrainState
 
 CHUNK_BYTES = 8 * 2**20  # of Aux that a chunk makes, and batches it is fed, on each device
@@ -64,6 +65,8 @@ class Chunk:
             structure,
             tuple(leaves),
         )
+        aux = self.program.aux
+        check_classes(stream.classes, aux.logits, aux.y, "labels of the stream")
         self.in_flight = 0 if meshes.must_wait(mesh) else IN_FLIGHT
         self._members = population.size(state)
         self._fed: tuple[int, Iterator[PyTree]] = (-1, iter(()))
@@ -164,6 +167,11 @@ class Program:
             self._compile_single()
         else:
             self._compile_loop()
+
+    @property
+    def aux(self) -> Aux:
+        """The shapes of the Aux of one step of one member."""
+        return self._outs[0]
 
     # ---- the same steps, as a loop inside a program or as a program a step --------------------
 

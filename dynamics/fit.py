@@ -19,6 +19,7 @@ from dynamics.artefact import load, save, status
 from dynamics.book import ROWS, Book
 from dynamics.checkpoint import CheckpointError, Checkpoints
 from dynamics.chunk import Chunk
+from dynamics.data.rows import check_classes, class_range
 from dynamics.pace import Pace
 from dynamics.plan import Planned
 from dynamics.record import Recorder
@@ -221,6 +222,9 @@ def fit(
     watching = [*probes, *([] if revision is None else [revision])]
     with among_processes(), saving, terminated(listen=store is not None) as asked:
         chunk = made(state)
+        for part, held in data.items():
+            aux, of = chunk.program.aux, f"labels of the data set {part!r}"
+            check_classes(class_range(held.y), aux.logits, aux.y, of)
         state = chunk.program.laid(state)
         each = each_member(mesh, chunk.program.how)
         context = Context(task, each, mesh, data, chunk.program.convolves)

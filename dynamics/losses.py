@@ -157,6 +157,11 @@ def at_label(logits: Float[Array, "*b classes"], labels: Labels) -> Bool[Array, 
     the data and the model axis (it aborts the process).
     """
     _check_classes(logits, labels)
+    if logits.shape[-1] < 2:
+        raise ValueError(
+            f"labels of classes need an output for each class, got logits {logits.shape}: two "
+            "classes are two outputs, one output is for squared_error to float targets"
+        )
     classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1)
     return classes == labels[..., None]
 

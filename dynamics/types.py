@@ -173,6 +173,7 @@ class Stream(NamedTuple):
     batch_size: int
     host: Callable[..., Iterator[PyTree]] | None = None
     num_examples: int | None = None  # of the dataset that Batch.index counts in, where it is known
+    classes: tuple[int, int] | None = None  # least and greatest integer label; None: not known
 
 
 Each = Callable[[Callable[..., PyTree]], Callable[..., PyTree]]

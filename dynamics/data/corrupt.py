@@ -5,14 +5,18 @@ so, and counts in no rate. Draws rank or reduce the raw output of PCG64,
 which numpy guarantees: one seed gives the same noise on every machine and version.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int32, Integer
+from numpy.typing import ArrayLike
 
 from dynamics.types import IGNORED
+
+log = logging.getLogger(__name__)
 
 # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
 CIFAR10_CONFUSED = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
@@ -46,18 +50,17 @@ def noisy(clean: Integer[np.ndarray, "n"], labels: Integer[np.ndarray, "n"]) -> 
     return Noisy(labels.astype(np.int32), clean.astype(np.int32), mask, rate)
 
 
-def symmetric(y: Integer[np.ndarray, "n"], rate: float, num_classes: int, seed: int) -> Noisy:
+def symmetric(y: ArrayLike, rate: float, num_classes: int, seed: int) -> Noisy:
     """Exactly round(rate n) labels become another class, each of the others equally likely.
 
     With one seed, what is flipped at a lower rate is flipped at a higher one, to the same labels.
     """
+    y = integers(y)
     shift = _words("symmetric shift", len(y), seed) % np.uint64(max(num_classes - 1, 1)) + 1
     return _shifted(y, rate, num_classes, seed, shift)
 
 
-def symmetric_including(
-    y: Integer[np.ndarray, "n"], rate: float, num_classes: int, seed: int
-) -> Noisy:
+def symmetric_including(y: ArrayLike, rate: float, num_classes: int, seed: int) -> Noisy:
     """Exactly round(rate n) labels are drawn anew from all classes, the true one among them.
 
     About rate (1 - 1/num_classes) of the labels end up wrong: what the literature calls symmetric
@@ -65,11 +68,12 @@ def symmetric_including(
 
     Reference: Liu et al. 2020, arXiv 2007.00151, whose code draws ceil(rate n); so does DivideMix.
     """
+    y = integers(y)
     shift = _words("symmetric including", len(y), seed) % np.uint64(max(num_classes, 1))
     return _shifted(y, rate, num_classes, seed, shift)
 
 
-def asymmetric_cifar10(y: Integer[np.ndarray, "n"], rate: float, seed: int) -> Noisy:
+def asymmetric_cifar10(y: ArrayLike, rate: float, seed: int) -> Noisy:
     """Exactly ceil(rate n_c) labels of each of five classes become the class it is confused with.
 
     Trucks become automobiles, birds airplanes, deer horses, cats dogs and dogs cats; on balanced
@@ -79,15 +83,14 @@ def asymmetric_cifar10(y: Integer[np.ndarray, "n"], rate: float, seed: int) -> N
     Reference: Patrini et al. 2017, arXiv 1609.03683, section 5; counts as in the code of Liu et al.
     2020, arXiv 2007.00151.
     """
+    y = integers(y)
     check(y, rate, 10)
     if rate >= 0.5:
         raise ValueError(f"rate must be < 0.5, beyond which cats and dogs swap, got {rate!r}")
     return _renamed(y, CIFAR10_CONFUSED, lambda count: math.ceil(rate * count), seed)
 
 
-def circular(
-    y: Integer[np.ndarray, "n"], rate: float, blocks: Sequence[Sequence[int]], seed: int
-) -> Noisy:
+def circular(y: ArrayLike, rate: float, blocks: Sequence[Sequence[int]], seed: int) -> Noisy:
     """Exactly round(rate n_c) labels of each class become the next one of its block, the last the
     first. Nested in the rate.
 
@@ -95,6 +98,7 @@ def circular(
     blocks are neighbours in the alphabet (published code draws the counts at random);
     ``CIFAR100_SUPERCLASSES`` are the true superclasses. ValueError: a label in two blocks, or none.
     """
+    y = integers(y)
     members = [label for block in blocks for label in block]
     check(y, rate, int(max([1, *members, *y])) + 1)
     lost = set(np.unique(y).tolist()) - set(members) - {IGNORED}
@@ -109,12 +113,13 @@ def circular(
     return _renamed(y, following, lambda count: round(rate * count), seed)
 
 
-def transition(y: Integer[np.ndarray, "n"], matrix: Float[np.ndarray, "c c"], seed: int) -> Noisy:
+def transition(y: ArrayLike, matrix: Float[np.ndarray, "c c"], seed: int) -> Noisy:
     """Each label i becomes j with probability ``matrix[i, j]``, independently of the others.
 
     The rate is that of the draw; its expectation is the mean of 1 - matrix[i, i] over the labels.
     ValueError: rows that are no distributions.
     """
+    y = integers(y)
     check(y, 0.0, len(matrix))
     rows = np.asarray(matrix, np.float64)
     if (rows < 0).any() or not np.allclose(rows.sum(axis=1), 1, atol=1e-6):
@@ -150,20 +155,34 @@ def _shifted(y: np.ndarray, rate: float, num_classes: int, seed: int, shift: np.
     return noisy(clean, labels)
 
 
-def check(y: np.ndarray, rate: float, num_classes: int) -> None:
+def integers(y: ArrayLike) -> np.ndarray:
+    """Labels [n] on the host, from a list or any array. ValueError: they are no integers [n]."""
+    y = np.asarray(y)
+    if not np.issubdtype(y.dtype, np.integer) or y.ndim != 1:
+        raise ValueError(f"y must be integer labels [n], got {y.dtype}{list(y.shape)}")
+    return y
+
+
+def check(y: ArrayLike, rate: float, num_classes: int) -> None:
     """ValueError unless labels, rate and number of classes go together."""
     if num_classes < 2:
         raise ValueError(f"num_classes must be >= 2 for a label to be wrong, got {num_classes}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be >= 0 and <= 1, got {rate!r}")
-    if not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y must be integer labels, got {y.dtype}")
+    y = integers(y)
     y = y[y != IGNORED]
     if not len(y):
         raise ValueError("y must hold at least one label, got none")
     if y.min() < 0 or y.max() >= num_classes:
         raise ValueError(
             f"y must be labels from 0 to {num_classes - 1}, got {y.min()} to {y.max()}"
+        )
+    if rate and (nobody := num_classes - len(np.unique(y))):
+        log.warning(
+            "%d of %d classes have no example, and wrong labels may name them: number the classes "
+            "that there are from 0 without gaps",
+            nobody,
+            num_classes,
         )
 
 

@@ -286,11 +286,27 @@ def read_npz(path: Path | str) -> tuple[Pair, Pair | None]:
     return pairs[0], pairs[1] if len(pairs) > 1 else None
 
 
+def read_groups(path: Path | str) -> np.ndarray | None:
+    """The array ``group`` [n] beside x and y, integers or text; None if there is none."""
+    with np.load(path, allow_pickle=False) as archive:
+        if not {"x", "group"} <= set(archive.files):
+            return None
+        groups, n = archive["group"], len(archive["y"])
+    if groups.dtype.kind not in "iuU" or groups.shape != (n,):
+        expected = f"group to be integers or text of shape ({n},), one for each example"
+        raise wrong(path, expected, f"{groups.dtype} {groups.shape}", _NPZ)
+    return groups
+
+
 def _pair(path: Path | str, arrays: dict[str, np.ndarray], end: str) -> Pair:
     x, y = arrays[f"x{end}"], arrays[f"y{end}"]
     if x.dtype.kind not in "biuf" or x.ndim < 2 or not x.size:
         found = f"{x.dtype} {x.shape}"
         raise wrong(path, f"x{end} to be numbers of shape (n, ...)", found, _NPZ)
+    if x.ndim == 4 and x.shape[1] in (1, 3, 4) and x.shape[3] > 4 and x.shape[2] == x.shape[3]:
+        expected = f"images x{end} with channels last, (n, height, width, channels)"
+        remedy = f"write x{end}.transpose(0, 2, 3, 1)"
+        raise wrong(path, expected, f"{x.shape}, which has them first", remedy)
     if y.dtype.kind not in "iu" or y.shape != x.shape[:1]:
         expected = f"y{end} to be integers of shape ({len(x)},) as x{end} has {len(x)} examples"
         raise wrong(path, expected, f"{y.dtype} {y.shape}", _NPZ)

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
+from numpy.typing import ArrayLike
 
-from dynamics.types import Batch, Dataset, Leaf
+from dynamics.types import IGNORED, Batch, Dataset, Leaf
 
 
 def subset(data: Dataset, positions: np.ndarray | slice) -> Dataset:
@@ -98,11 +99,77 @@ def label_type(dtype: Any) -> Any:
     return jnp.float64 if wide else jnp.float32
 
 
+def as_inputs(x: Any) -> np.ndarray:
+    """Inputs [n, ...] on the host, numbers that are finite in float32, as a step sees them.
+
+    ValueError: sparse matrices, text, objects, complex numbers; a value that is not finite, with
+    its example.
+    """
+    if hasattr(x, "toarray"):
+        raise ValueError(
+            f"x must be a dense array, got a sparse {type(x).__name__}{list(x.shape)}: give "
+            "x.toarray()"
+        )
+    x = np.asarray(x)
+    numbers = jnp.issubdtype(x.dtype, jnp.integer) or jnp.issubdtype(x.dtype, jnp.floating)
+    if not (numbers or x.dtype == bool):
+        raise ValueError(f"x must be integers, floats or bools, got {x.dtype}{list(x.shape)}")
+    check_finite("x", x)
+    return x
+
+
+def check_finite(name: str, values: np.ndarray) -> None:
+    """ValueError if a float of [n, ...] is not finite in float32, which names the first example."""
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        return
+    block = max(1, 2**22 // max(1, values[:1].size))  # examples: 16 MB of float32 at a time
+    for first in range(0, len(values), block):
+        part = values[first : first + block]
+        with np.errstate(over="ignore"):
+            bad = ~np.isfinite(part.astype(np.float32)).reshape(len(part), -1).all(axis=1)
+        if bad.any():
+            at = int(np.argmax(bad))
+            given = part[at].reshape(-1)
+            with np.errstate(over="ignore"):
+                wrong = given[~np.isfinite(given.astype(np.float32))][0]
+            raise ValueError(
+                f"{name} must be finite in float32, got {wrong} in example {first + at}"
+            )
+
+
+def class_range(y: ArrayLike | None) -> tuple[int, int] | None:
+    """(least, greatest) class among integer labels; None of floats, and where all are IGNORED."""
+    y = np.asarray(y)
+    if y.dtype.kind not in "biu":
+        return None
+    if y.dtype.kind == "i" and (y == IGNORED).any():
+        y = y[y != IGNORED]
+    return (int(y.min()), int(y.max())) if y.size else None
+
+
+def check_classes(found: tuple[int, int] | None, logits: Leaf, y: Leaf, of: str = "labels") -> None:
+    """ValueError unless the ``class_range`` of labels lies within the outputs of a network.
+
+    ``logits`` [..., C] and ``y`` [...] tell by their shapes; labels that are floats, or targets in
+    the shape of the logits, are no classes.
+    """
+    classes = jnp.issubdtype(y.dtype, jnp.integer) and logits.ndim == y.ndim + 1
+    if found is None or not classes:
+        return
+    count = logits.shape[-1]
+    if found[0] < 0 or found[1] >= count:
+        wrong = found[1] if found[1] >= count else found[0]
+        raise ValueError(
+            f"{of} must be classes 0 to {count - 1}, as the network has {count} outputs, or "
+            f"IGNORED ({IGNORED}) for none, got {wrong}"
+        )
+
+
 def as_labels(y: np.ndarray, like: Any = None) -> np.ndarray:
     """Labels [...] on the host in their ``label_type``, none of them changed by it.
 
     ``like`` is the dtype of those whose place they take. ValueError: integers beyond int32, floats
-    in the place of integers or the reverse, anything that is no number.
+    in the place of integers or the reverse, floats that are not finite, anything that is no number.
     """
     y = np.asarray(y)
     kind = label_type(y.dtype)
@@ -112,6 +179,8 @@ def as_labels(y: np.ndarray, like: Any = None) -> np.ndarray:
         low, high = int(y.min()), int(y.max())
         if low < -(2**31) or high >= 2**31:
             raise ValueError(f"labels must fit int32, got {y.dtype} from {low} to {high}")
+    if y.ndim:
+        check_finite("labels", y)
     return y.astype(kind)
 
 

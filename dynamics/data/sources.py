@@ -7,23 +7,27 @@ scikit-learn's splitters: one seed chooses the same rows on every machine and ve
 """
 
 import hashlib
+import logging
 import math
 import os
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Integer, Num
+from jaxtyping import Float32, Int, Integer, Num, Shaped
 
 from dynamics.config import Count, Fraction, Seed, frozen
 from dynamics.data import files
 from dynamics.data.files import Pair
-from dynamics.data.rows import as_labels
-from dynamics.types import Dataset
+from dynamics.data.rows import as_inputs, as_labels
+from dynamics.types import IGNORED, Dataset
 
 Rows = Int[np.ndarray, "n"]
 
+log = logging.getLogger(__name__)
+
 ENVIRONMENT = "DYNAMICS_DATA"
+APART = 1e4  # ratio of the spreads of columns beyond which a table is warned of
 
 
 class _Layout(NamedTuple):
@@ -107,15 +111,21 @@ def load(config: DataConfig, folder: Path | str | None = None) -> Splits:
     """The examples ``config`` names, from ``folder`` or else from ``$DYNAMICS_DATA``.
 
     x as stored: uint8 [n H W] or [n H W C], for npz any [n ...]. y: int32 [n]. mean and std have
-    the rank of one example: [1 1] for grey images, [1 1 C] for colour, one number for the rest
-    (features in different units: standardise them before saving).
+    the rank of one example: [1 1] for grey images, [1 1 C] for colour, [D] for the columns of a
+    table [n D], one number for the rest. An npz file with ``group`` [n] beside x and y is split by
+    whole groups. Warnings: test examples that are training examples, too, and classes without a
+    training example.
     """
     source, seed = config.source, config.split_seed
     train, test, num_classes = _read(config, folder)
     rows = np.arange(len(train[1]))
     if test is None:
         test = train
-        rows, test_rows = split(train[1], config.test_fraction, seed)
+        groups = _groups(config, folder)
+        if groups is None:
+            rows, test_rows = split(train[1], config.test_fraction, seed)
+        else:
+            rows, test_rows = split_groups(groups, config.test_fraction, seed)
     else:
         test_rows = np.arange(len(test[1]))
     rows = rows[_chosen("num_train", config.num_train, len(rows), seed)]
@@ -124,24 +134,60 @@ def load(config: DataConfig, folder: Path | str | None = None) -> Splits:
     name = Path(config.file).stem if source == "npz" else source
     if train[0].ndim == 4 and recompressed(train[0]):
         name += " (JPEG)"
-    return Splits(
+    splits = Splits(
         train=_dataset(train, rows, mean, std),
         test=_dataset(test, test_rows, mean, std),
         name=name,
         num_classes=num_classes,
     )
+    _look_at(splits)
+    return splits
 
 
-def of_arrays(x: np.ndarray, y: np.ndarray) -> Dataset:
+def _look_at(splits: Splits) -> None:
+    """Warn of what is wrong with the parts, whichever way they were made."""
+    known, tested = (set(np.unique(y).tolist()) for y in (splits.train.y, splits.test.y))
+    if unseen := sorted(tested - known - {IGNORED}):
+        log.warning(
+            "%s: classes %s are tested on and have no training example", splits.name, unseen
+        )
+    elif gaps := splits.num_classes - len(known - {IGNORED}):
+        log.warning(
+            "%s: %d of its %d classes have no example: number classes from 0 without gaps",
+            splits.name,
+            gaps,
+            splits.num_classes,
+        )
+    if count := repeated(splits.train.x, splits.test.x):
+        log.warning(
+            "%s: %d of %d test examples are training examples, too: what is measured on them is "
+            "no generalisation",
+            splits.name,
+            count,
+            len(splits.test),
+        )
+
+
+def repeated(train: np.ndarray, test: np.ndarray) -> int:
+    """How many examples of ``test`` [m, ...] are, to the bit, among those of ``train`` [n, ...]."""
+    known = {hashlib.blake2b(x.tobytes(), digest_size=8).digest() for x in train}
+    return sum(hashlib.blake2b(x.tobytes(), digest_size=8).digest() in known for x in test)
+
+
+def of_arrays(x: Any, y: Any) -> Dataset:
     """Your own arrays [n, ...] as a dataset, used as they are: mean 0, standard deviation 1.
 
     Labels [n, ...] are integers, classes or ``IGNORED``; or floats: targets [n] or [n, outputs] for
     ``losses.squared_error``, probabilities [n, classes] for ``losses.soft_cross_entropy``. Integer
-    inputs [n, T] are tokens. ValueError: different lengths, or labels that are none of these.
+    inputs [n, T] are tokens. A warning: columns of a table whose spreads differ by 10,000 or more.
+    ValueError: different lengths, inputs that are no finite numbers, labels that are none of these.
     """
-    x, y = np.asarray(x), np.asarray(y)
-    if len(x) != len(y) or not len(x):
-        raise ValueError(f"x and y must hold as many examples each, got {len(x)} and {len(y)}")
+    x, y = as_inputs(x), np.asarray(y)
+    if not (x.ndim and y.ndim) or len(x) != len(y) or not len(x):
+        raise ValueError(
+            f"x and y must be [n, ...] of as many examples each, got {list(x.shape)} and "
+            f"{list(y.shape)}"
+        )
     as_labels(y)
     tokens = np.issubdtype(x.dtype, np.integer)
     if tokens and x.ndim != 2:
@@ -152,6 +198,15 @@ def of_arrays(x: np.ndarray, y: np.ndarray) -> Dataset:
     empty = np.zeros(0, np.float32)
     one = np.ones((1,) * (x.ndim - 1), np.float32)
     mean, std = (empty, empty) if tokens else (0 * one, one)
+    if x.ndim == 2 and not tokens:
+        spread = moments(x)[1]
+        if spread.max() >= APART * spread.min():
+            log.warning(
+                "the columns of x have spreads from %.3g to %.3g and are used as they are: one of "
+                "large numbers hides the others, standardise them first",
+                spread.min(),
+                spread.max(),
+            )
     return Dataset(x=x, y=y, mean=mean, std=std)
 
 
@@ -209,15 +264,41 @@ def split(
     return np.flatnonzero(~tested), np.flatnonzero(tested)
 
 
+def split_groups(
+    groups: Shaped[np.ndarray, "n"], test_fraction: float, seed: int
+) -> tuple[Int[np.ndarray, "train"], Int[np.ndarray, "test"]]:
+    """Rows to train on and rows to test on, ascending: no group [n] has rows in both.
+
+    Groups, in a random order, are tested on while their rows are at most ceil(test_fraction n).
+    ValueError: no group can be left out, or none is left to train on.
+    """
+    names, place, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    size = math.ceil(round(test_fraction * len(groups), 6))
+    chosen, total = np.zeros(len(names), bool), 0
+    for group in _permutation(len(names), "groups", seed):
+        if total + counts[group] <= size:
+            chosen[group], total = True, total + counts[group]
+    if not chosen.any() or chosen.all():
+        raise ValueError(
+            f"test_fraction must leave whole groups to train on and to test on, got "
+            f"{test_fraction:g} of {len(groups)} examples in groups of {counts.min()} to "
+            f"{counts.max()}"
+        )
+    tested = chosen[place]
+    return np.flatnonzero(~tested), np.flatnonzero(tested)
+
+
 def moments(
     x: Num[np.ndarray, "n ..."],
 ) -> tuple[Float32[np.ndarray, "..."], Float32[np.ndarray, "..."]]:
     """Mean and standard deviation with the rank of one example; a std of 0 becomes 1.
 
-    Per channel for x [n H W C], over everything otherwise; in float64, a block at a time.
+    Per channel for x [n H W C], per column of a table [n D], over everything otherwise; in float64,
+    a block at a time.
     """
-    axes = (0, 1, 2) if x.ndim == 4 else tuple(range(x.ndim))
-    count = x.size // (x.shape[3] if x.ndim == 4 else 1)
+    last = x.ndim in (2, 4)
+    axes = tuple(range(x.ndim - last))
+    count = x.size // (x.shape[-1] if last else 1)
     blocks = [x[i : i + 1024] for i in range(0, len(x), 1024)]
     total = sum(b.sum(axes, dtype=np.float64, keepdims=True) for b in blocks)
     mean = np.asarray(total / count)
@@ -286,6 +367,13 @@ def _read(config: DataConfig, folder: Path | str | None) -> tuple[Pair, Pair | N
         return _idx_pair(source, *paths[:2]), _idx_pair(source, *paths[2:]), 10
     train, test = (_cifar(source, part) for part in (paths[:-1], paths[-1:]))
     return train, test, 10 if source == "cifar10" else 100
+
+
+def _groups(config: DataConfig, folder: Path | str | None) -> np.ndarray | None:
+    """The groups of an npz file, None where there are none."""
+    if config.source != "npz":
+        return None
+    return files.read_groups(locate(config.file, folder, config.file))
 
 
 def _cifar(source: str, paths: list[Path]) -> Pair:

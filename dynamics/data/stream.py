@@ -19,6 +19,7 @@ from dynamics.data.order import batch_rows
 from dynamics.data.rows import (
     as_labels,
     checked,
+    class_range,
     label_type,
     normalise,
     numbered,
@@ -62,7 +63,8 @@ def resident(
     """
     own = _own(data, batch_size, num_replicas, rows, sizes, labels)
     batch = Call(_resident, (batch_size, augment))
-    return Stream(batch, data, own, batch_size, num_examples=numbered(data))
+    known = class_range(own.get("labels", data.y))
+    return Stream(batch, data, own, batch_size, num_examples=numbered(data), classes=known)
 
 
 def _resident(
@@ -134,7 +136,8 @@ def streamed(
 
     shared = {"mean": jnp.asarray(data.mean), "std": jnp.asarray(data.std)}
     own = {"size": own["size"]}
-    return Stream(Call(_streamed, (augment,)), shared, own, batch_size, host, len(data))
+    batch, known = Call(_streamed, (augment,)), class_range(host_own.get("labels", data.y))
+    return Stream(batch, shared, own, batch_size, host, len(data), known)
 
 
 def _streamed(
@@ -175,7 +178,8 @@ def sampled(
     own |= {"keep": np.stack(keep), "other": np.stack(other)}
     own["weight"] = np.stack(weight).astype(np.float32)
     batch = Call(_sampled, (batch_size, augment))
-    return Stream(batch, data, own, batch_size, num_examples=numbered(data))
+    known = class_range(own.get("labels", data.y))
+    return Stream(batch, data, own, batch_size, num_examples=numbered(data), classes=known)
 
 
 def _sampled(
@@ -245,7 +249,8 @@ def whole(
         own["x"] = jnp.stack([normalise(jnp.asarray(x), mean, std) for x in inputs])
     if labels is not None:
         own["y"] = as_labels(labels, data.y.dtype)
-    return Stream(_whole, shared, own, n, num_examples=numbered(data))
+    known = class_range(own.get("y", data.y))
+    return Stream(_whole, shared, own, n, num_examples=numbered(data), classes=known)
 
 
 def _whole(shared: PyTree, own: PyTree, fed: PyTree, key: Key, step: jax.Array) -> Batch:
@@ -307,6 +312,9 @@ def _own(
 ) -> dict[str, np.ndarray]:
     """What differs between replicas, checked."""
     k, n = num_replicas, checked(data)
+    rows, sizes, labels = (None if x is None else np.asarray(x) for x in (rows, sizes, labels))
+    if rows is not None and rows.ndim != 2:
+        raise ValueError(f"rows must be [{k}, m], a row for each replica, got {list(rows.shape)}")
     if rows is None:
         sizes = np.full(k, n) if sizes is None else sizes
     elif sizes is None:

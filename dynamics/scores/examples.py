@@ -12,7 +12,7 @@ from jaxtyping import Shaped
 
 from dynamics import ghost, population
 from dynamics import mesh as meshes
-from dynamics.data.rows import checked, seen
+from dynamics.data.rows import check_classes, checked, class_range, seen, take
 from dynamics.task import by_value
 from dynamics.types import Batch, Dataset, Each, PyTree, Task, TrainState
 
@@ -43,6 +43,19 @@ def over_examples(
             f"labels must be one row of {n} for each replica of a population, got {labels.shape}; "
             "for one state, give data with other labels"
         )
+    if each is None or labels is not None:  # those of a run's data sets are checked at its start
+        found, one = class_range(data.y if labels is None else labels), state
+        if each is not None:
+            one = jax.eval_shape(lambda state: population.take(state, 0), state)
+        batch = jax.eval_shape(lambda: take(data, np.arange(min(2, n))))
+        aux = jax.eval_shape(
+            lambda state, batch: task.evaluate(
+                state.params, state.extras, batch, state.hyperparameters
+            ),
+            one,
+            batch,
+        )
+        check_classes(found, aux.logits, aux.y)
     size = min(batch_size, n)
     fn = by_value(_PerExample(by_value(score), task).scored)
     y = np.asarray(data.y) if labels is None else labels

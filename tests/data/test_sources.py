@@ -174,7 +174,7 @@ def test_split_checks_its_fraction():
 @pytest.mark.parametrize("shape", [(3000, 2, 3), (3000, 2, 3, 3), (3000, 5), (2, 3)])
 def test_moments(shape):
     x = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    axes = (0, 1, 2) if len(shape) == 4 else None
+    axes = {4: (0, 1, 2), 2: (0,)}.get(len(shape))  # per channel, per column of a table
     mean, std = moments(x)
     assert mean.ndim == len(shape) - 1
     np.testing.assert_allclose(mean.ravel(), np.atleast_1d(x.mean(axes)), rtol=1e-6)
@@ -273,7 +273,7 @@ def test_npz(tmp_path):
     assert splits.name == "mine" and splits.num_classes == 4
     assert len(splits.train) == 30 and len(splits.test) == 10
     np.testing.assert_array_equal(splits.test.x, x[splits.test.file_row].astype(np.float32))
-    assert splits.train.mean.shape == (1,)
+    assert splits.train.mean.shape == (3,)  # one for each column
     npz(tmp_path / "sub.npz", x_train=x, y_train=y, x_test=x[:5], y_test=y[:5] + 2)
     splits = load(DataConfig(source="npz", file="sub.npz", test_fraction=0.0), tmp_path)
     assert len(splits.train) == 40 and len(splits.test) == 5 and splits.num_classes == 6
