@@ -17,6 +17,22 @@ from numpy.typing import ArrayLike
 UNBOUNDED = (-math.inf, math.inf)  # the interval that one seed supports
 
 
+class Scale(str):
+    """What something was measured at, in words, and what part of it diverged."""
+
+    diverged: str  # "2 of 10 seeds diverged, left out"; empty if none did
+
+    def __new__(cls, text: str, diverged: str = "") -> "Scale":
+        """The words, as any text; ``diverged`` beside them."""
+        made = super().__new__(cls, text)
+        made.diverged = diverged
+        return made
+
+    def of(self, text: str) -> "Scale":
+        """Other words for the same members."""
+        return Scale(text, self.diverged)
+
+
 class Claim(NamedTuple):
     """What a paper states beside what was measured; made by ``judge``, so ``holds`` is computed."""
 
@@ -27,11 +43,12 @@ class Claim(NamedTuple):
     interval: tuple[float, float]  # over seeds; (-inf, inf) from one seed
     seeds: int
     scale: str  # the data, model and size it was measured at
-    holds: bool  # the effect meets the gate
+    holds: bool | None  # the effect meets the gate; None: not measured, members diverged
     kind: Literal["claim", "control"]
     unit: str
     quantity: str = ""  # what the effect is, as a reader would say it: "hard - random"
     gate: str = ""  # what ``holds`` asks of the effect: ">= +0.5"
+    diverged: str = ""  # what part of the members the effect is without, if any
 
 
 class Estimate(NamedTuple):
@@ -61,19 +78,25 @@ def judge(
     statement: str,
     quantity: str,
     seeds: int,
-    scale: str,
+    scale: str | Scale,
     unit: str,
     kind: Literal["claim", "control"] = "claim",
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Claim:
-    """The claim whose gate is ``at_least`` or ``at_most``; a NaN effect meets neither."""
+    """The claim whose gate is ``at_least`` or ``at_most``; a NaN effect meets neither.
+
+    Where the ``scale`` says that members diverged, the claim says so, and a NaN effect is not
+    measured at all.
+    """
     if at_least is not None and at_most is None:
         holds, gate = estimate.mean >= at_least, f">= {_signed(at_least, unit)}"
     elif at_most is not None and at_least is None:
         holds, gate = estimate.mean <= at_most, f"<= {_signed(at_most, unit)}"
     else:
         raise ValueError(f"a gate is one of at_least and at_most, got {at_least} and {at_most}")
+    diverged = scale.diverged if isinstance(scale, Scale) else ""
+    measured = not (diverged and math.isnan(estimate.mean))
     return Claim(
         figure=figure,
         paper=paper,
@@ -81,12 +104,13 @@ def judge(
         effect=estimate.mean,
         interval=(estimate.low, estimate.high),
         seeds=seeds,
-        scale=scale,
-        holds=bool(holds),
+        scale=str(scale),
+        holds=bool(holds) if measured else None,
         kind=kind,
         unit=unit,
         quantity=quantity,
         gate=gate,
+        diverged=diverged,
     )
 
 

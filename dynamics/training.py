@@ -183,7 +183,10 @@ def train(
 
 
 def joined(members: pl.DataFrame, results: Results) -> Trained:
-    """The results of a population, each frame joined to the table of its members."""
+    """The results of a population, each frame joined to the table of its members.
+
+    An array has no number of a member at the steps after it diverged: NaN, -1 of integers.
+    """
     places = members["member"].to_numpy()
     step = results.status["step"].set(results.status["status"] != "diverged", None)
     table = members.with_columns(diverged=step)
@@ -192,12 +195,24 @@ def joined(members: pl.DataFrame, results: Results) -> Trained:
         named = frame.with_columns(member=pl.Series(places[frame["member"].to_numpy()]))
         return table.join(named, on="member", how="right", maintain_order="right")
 
+    gone = np.where(step.is_null(), np.inf, step.fill_null(0).to_numpy())
     arrays = {
-        key: array._replace(coords={**array.coords, "member": places})
+        key: _until(gone, array)._replace(coords={**array.coords, "member": places})
         for key, array in results.arrays.items()
     }
     measured = {name: whole(frame) for name, frame in results.measured.items()}
     return Trained(table, whole(results.rows), measured, arrays, results.state)
+
+
+def _until(gone: np.ndarray, array: Array) -> Array:
+    """The array without what members gave at steps after that at which they are ``gone``."""
+    after = np.asarray(array.coords["step"])[:, None] > gone
+    if not after.any() or array.values.dtype.kind not in "fi":
+        return array
+    values = array.values.copy()
+    none = np.nan if values.dtype.kind == "f" else -1
+    values[after] = none
+    return array._replace(values=values)
 
 
 def by_program(

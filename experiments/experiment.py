@@ -82,7 +82,7 @@ class Experiment(Generic[C]):
 
     name: str
     load: Callable[[C, Path | str | None], Any]  # the data of a point; DataError: what is missing
-    study: Callable[[Job[C, Any]], Findings]
+    study: Callable[[Job[C, Any]], Findings]  # of whose frames with replicas one says who diverged
     check: Callable[[Job[C, Any]], None] = lambda job: (
         None
     )  # ValueError before anything is computed
@@ -113,6 +113,11 @@ class Experiment(Generic[C]):
 
         def compute(points: Sequence[C], recorder: Recorder | None) -> list[Findings]:
             found = self.study(Job(points, data, mesh, recorder, root))
+            if untold := record.untold(found.frames):
+                raise ValueError(
+                    f"{self.name}: frames with replicas must say which of them diverged, in a "
+                    f"column 'diverged' of one of {untold}"
+                )
             return [of_point(found, p) for p in range(len(points))]
 
         folder = None if root is None else root / self.name

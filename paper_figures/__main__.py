@@ -117,7 +117,10 @@ def _draw(figure: str, module: ModuleType, paths: list[Path], out: Path, *, newe
     """Draw the runs of one figure and print its files and claims; whether that worked."""
     name = figure if newest else f"{figure}-{paths[0].name[:8]}"
     try:
-        files, claims = module.draw([record.read(path) for path in paths], out, name=name)
+        runs = [record.read(path) for path in paths]
+        for run in [run for run in runs if record.seeds(run.frames).lost]:
+            print(f"{name}: {record.seeds(run.frames)} in {run.path}", file=sys.stderr)
+        files, claims = module.draw(runs, out, name=name)
     except (record.RecordError, ValueError) as error:
         print(f"{name}: not drawn: {error}", file=sys.stderr)
         return False

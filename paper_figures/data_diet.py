@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 
 from dynamics import record, statistics
-from dynamics.statistics import Estimate
+from dynamics.statistics import Estimate, Scale
 from paper_figures import reading
 from paper_figures.reading import Key, Said, array, columns, index, key_of, number, percent, where
 
@@ -22,7 +22,7 @@ def said(statement: str, paper: str = PAPER) -> Said:
     return Said(statement, paper)
 
 
-def scale(run: record.Run, *, noise: bool = True, net: bool = True) -> str:
+def scale(run: record.Run, *, noise: bool = True, net: bool = True) -> Scale:
     """Data, size, labels, model, as in "digits, 1,347 examples, clean labels, MLP 2 x 128"."""
     return reading.scale(run, *([labels(run)] if noise else []), net=net)
 

@@ -21,7 +21,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import LogLocator, NullLocator
 
 from dynamics import record
-from dynamics.statistics import Claim, Estimate, Paired
+from dynamics.statistics import Claim, Estimate, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import KIRSCH, said
@@ -91,7 +91,7 @@ class Study(NamedTuple):
     scored_at: float  # the epoch of el2n and grand
     trained: float  # epochs of every run of (a)
     notes: str  # what is out of the ordinary, for the caption
-    scale: str
+    scale: Scale
 
     @property
     def correlated(self) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Paired
+from dynamics.statistics import Claim, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import said
@@ -84,7 +84,7 @@ class Study(NamedTuple):
     every: float
     noise: float
     labels: str
-    scale: str
+    scale: Scale
 
     def at_end(self, a: str, b: str) -> Paired:
         """Points of accuracy a - b, over paired replicas."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import Claim, Paired
+from dynamics.statistics import Claim, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import KIRSCH, OURS, said
@@ -71,7 +71,7 @@ class Study(NamedTuple):
     scorings: int  # replicas that scores are averaged over
     trained: float  # epochs of every run
     labels: str
-    scale: str
+    scale: Scale
 
     def after(self, method: str, epoch: float, other: float | None = None) -> Paired:
         """Points of accuracy over another epoch's scores, or over a random choice."""

@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import Claim, Estimate, Paired
+from dynamics.statistics import Claim, Estimate, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import OURS, said
@@ -65,7 +65,7 @@ class Study(NamedTuple):
     scored_at: float
     trained: float  # epochs of every run
     labels: str
-    scale: str
+    scale: Scale
 
     def over(self, target: str, source: str, other: str = "random") -> Paired:
         """Points of accuracy over another choice, over paired replicas."""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import Claim, Paired
+from dynamics.statistics import Claim, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
 from paper_figures.data_diet import OURS, said
@@ -63,7 +63,7 @@ class Study(NamedTuple):
     scored_at: float
     trained: float  # epochs of every run
     labels: str
-    scale: str
+    scale: Scale
 
     def window(self, dropped: float, other: str = "random") -> Paired:
         """Points of accuracy over another choice, or over the hardest: ``window``."""

@@ -123,9 +123,13 @@ def save(
     """Write NAME.pdf, .png, .csv (the numbers drawn) and .json (runs used, claims); the paths.
 
     ``table`` is columns by name or a polars table. The same input gives the same bytes. All four
-    are made before the first is written, and each appears whole or not at all.
+    are made before the first is written, and each appears whole or not at all. What part of the
+    members diverged, as the claims know it, is added to the caption and to every row.
     """
     columns = table.to_dict(as_series=False) if hasattr(table, "to_dict") else table
+    if lost := _diverged(claims):
+        columns = {**columns, "diverged": [lost] * len(next(iter(columns.values())))}
+        caption(fig, f"{fig.get_supxlabel()} {lost[0].upper()}{lost[1:]}.".strip())
     with style():  # ticks and texts that are made while drawing
         contents = {
             "pdf": _render(fig, "pdf", {"CreationDate": None}),
@@ -135,7 +139,7 @@ def save(
     about = {
         "figure": name,
         "fingerprints": list(fingerprints),
-        "claims": [_plain(claim._asdict()) for claim in claims],
+        "claims": [_plain(_about(claim)) for claim in claims],
     }
     contents["json"] = (json.dumps(about, indent=1, allow_nan=False) + "\n").encode()
     folder = Path(folder)
@@ -144,6 +148,21 @@ def save(
     for suffix, content in contents.items():
         record.write(paths[suffix], content)
     return paths
+
+
+def _diverged(claims: Sequence[Claim]) -> str:
+    """What the claims say of members that diverged; of which scale, if they differ."""
+    told = dict.fromkeys((claim.scale, claim.diverged) for claim in claims)
+    words = dict.fromkeys(diverged for _, diverged in told)
+    if len(words) < 2:
+        return next(iter(words), "")
+    return "; ".join(f"{scale}: {diverged}" for scale, diverged in told if diverged)
+
+
+def _about(claim: Claim) -> dict[str, Any]:
+    """The claim; that members diverged only where some did."""
+    found = claim._asdict()
+    return found if claim.diverged else {k: v for k, v in found.items() if k != "diverged"}
 
 
 def _render(fig: Figure, kind: str, metadata: dict[str, Any]) -> bytes:
@@ -195,7 +214,7 @@ def report(claims: Sequence[Claim], *, width: int = 100) -> str:
 
 def _lines(claim: Claim, width: int) -> list[str]:
     """What was measured, after the verdict; under it what was said and by whom."""
-    verdict = "holds" if claim.holds else "does not hold"
+    verdict = {True: "holds", False: "does not hold", None: "not measured"}[claim.holds]
     effect = number(claim.effect, claim.unit)
     if claim.unit and claim.unit not in claim.quantity:
         effect += f" {claim.unit}"
@@ -203,6 +222,9 @@ def _lines(claim: Claim, width: int) -> list[str]:
         effect += f" [{', '.join(number(end, claim.unit) for end in claim.interval)}]"
     seeds = f"{claim.seeds} seed{'s' * (claim.seeds != 1)}"
     atoms = [f"{claim.quantity or 'effect'} = {_whole(effect + ',')}", _whole(seeds)]
+    if claim.holds is None:
+        atoms = [f"{claim.quantity or 'effect'}:"]
+    atoms += [f"({claim.diverged})"] if claim.diverged else []
     atoms += [_whole(f"(gate {claim.gate})")] if claim.gate else []
     said = f"{claim.statement} ({claim.paper.replace('arXiv ', _whole('arXiv '))})"
     return _wrap(" ".join(atoms), f"{verdict:<15}", width) + _wrap(said, " " * 15, width)

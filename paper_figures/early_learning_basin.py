@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import UNBOUNDED, Claim, Estimate
+from dynamics.statistics import UNBOUNDED, Claim, Estimate, Scale
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.draw import Look
@@ -59,7 +59,7 @@ class Study(NamedTuple):
     starts: np.ndarray  # f64[Q]
     steps: np.ndarray  # f64[T]
     true: np.ndarray  # f64[L, Q, T]: of two classes
-    scale: str
+    scale: Scale
 
     def end(self, elr_lambda: float) -> float:
         """Where an example that started at FAR ends."""
@@ -114,6 +114,7 @@ def measure(runs: Sequence[record.Run], *, figure: str = "early_learning_basin")
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
+    reading.array(run, "true", 4)  # finite: none diverged
     cases: dict[str, dict[float, tuple[float, float]]] = {name: {} for name in LOOKS}
     names = ("case", "elr_lambda", "measured", "predicted")
     for case, elr_lambda, measured, predicted in reading.columns(run, *names):
@@ -125,7 +126,6 @@ def _study(run: record.Run) -> Study:
                 f"{reading.where(run)} needs rows of case {name!r} for lambdas up to 2 and "
                 f"above, got {sorted(found)}"
             )
-    reading.array(run, "true", 4)  # finite
     true = run.arrays["true"].at(case="two classes")
     if true.dims != PLACES:
         raise ValueError(
@@ -141,7 +141,9 @@ def _study(run: record.Run) -> Study:
         starts=starts,
         steps=steps,
         true=np.moveaxis(np.asarray(true.values, np.float64), 0, -1),
-        scale=f"the logits of one example, learning rate {rate:g}, beta {beta:g}",
+        scale=reading.scale_of(
+            run, f"the logits of one example, learning rate {rate:g}, beta {beta:g}"
+        ),
     )
 
 

@@ -14,7 +14,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim
+from dynamics.statistics import Claim, Scale
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.reading import Cells, Said, percent, row
@@ -43,7 +43,7 @@ class Study(NamedTuple):
     strengths: tuple[float, ...]
     betas: tuple[float, ...]
     epochs: float
-    scale: str
+    scale: Scale
 
 
 def draw(
@@ -93,7 +93,7 @@ def _study(run: record.Run) -> Study:
         strengths=strengths,
         betas=betas,
         epochs=reading.number(run, "epochs"),
-        scale=f"{reading.scale(run)}, {percent(noise)} {kind} noise",
+        scale=reading.scale_of(run, f"{reading.scale(run)}, {percent(noise)} {kind} noise"),
     )
 
 

@@ -18,7 +18,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate
+from dynamics.statistics import Claim, Estimate, Scale
 from paper_figures import draw as drawing
 from paper_figures import panels, reading
 from paper_figures.curves import curve, rows_of
@@ -64,7 +64,7 @@ class Study(NamedTuple):
     noise: float
     strength: float
     beta: float
-    scale: str
+    scale: Scale
 
     def of(self, method: str, column: str) -> np.ndarray:
         """[R, T]."""
@@ -155,7 +155,7 @@ def _study(run: record.Run) -> Study:
         noise=noise,
         strength=reading.number(run, "strength"),
         beta=reading.number(run, "beta"),
-        scale=f"{reading.scale(run)}, {percent(noise)} {_kind(run)} noise",
+        scale=reading.scale_of(run, f"{reading.scale(run)}, {percent(noise)} {_kind(run)} noise"),
     )
 
 

@@ -14,7 +14,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim
+from dynamics.statistics import Claim, Scale
 from paper_figures import draw as drawing
 from paper_figures import panels, reading
 from paper_figures.draw import Look
@@ -62,7 +62,7 @@ class Study(NamedTuple):
     beta: float
     epochs: float
     noise: str
-    scale: str
+    scale: Scale
 
 
 def draw(
@@ -120,7 +120,9 @@ def _study(run: record.Run) -> Study:
 
 
 def _claims(study: Study, figure: str) -> list[Claim]:
-    made = reading.judging(figure, f"{study.scale}, {study.noise} noise", study.accuracy.replicas)
+    made = reading.judging(
+        figure, study.scale.of(f"{study.scale}, {study.noise} noise"), study.accuracy.replicas
+    )
     has, at = set(study.methods), reading.nearest([r for r in study.rates if r], AT)
     where = f"at {percent(at)}"
     claims = []

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, bootstrap
+from dynamics.statistics import Claim, Scale, bootstrap
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.curves import curve, rows_of
@@ -74,7 +74,7 @@ class Study(NamedTuple):
     lambdas: tuple[float, ...]
     dim: float
     control: float
-    scale: str
+    scale: Scale
 
     def over(self, metric: str, elr_lambda: float, dim: float | None = None) -> np.ndarray:
         """f64[R, T]: a metric at every step."""
@@ -149,8 +149,11 @@ def _study(run: record.Run) -> Study:
         lambdas=lambdas,
         dim=dim,
         control=control,
-        scale=f"two Gaussians of sigma {sigma:g}, {n:g} examples in {dim:g} dimensions, about "
-        f"{100 * flip / 2:g} % wrong labels",
+        scale=reading.scale_of(
+            run,
+            f"two Gaussians of sigma {sigma:g}, {n:g} examples in {dim:g} dimensions, about "
+            f"{100 * flip / 2:g} % wrong labels",
+        ),
     )
     for elr_lambda in lambdas:
         study.over("test", elr_lambda)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import Claim, Estimate, bootstrap
+from dynamics.statistics import Claim, Estimate, Scale, bootstrap
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.curves import curve, rows_of
@@ -63,7 +63,7 @@ class Study(NamedTuple):
     rate: float
     before: float
     raised: float
-    scale: str
+    scale: Scale
 
     def steps(self, method: str, columns: int, scale: float) -> np.ndarray:
         """f64[T]: at which the error is known."""
@@ -137,7 +137,10 @@ def _study(run: record.Run) -> Study:
     study = Study(
         *(errors, least, columns, int(number("rank")), int(number("width")), scales),
         *(number(name) for name in ("start", "learning_rate", "before", "raised")),
-        scale=f"a matrix of rank {number('rank'):g} and size {number('dim'):g}, all of it measured",
+        scale=reading.scale_of(
+            run,
+            f"a matrix of rank {number('rank'):g} and size {number('dim'):g}, all of it measured",
+        ),
     )
     for k in columns:
         study.over("symmetric", k, study.start)

@@ -15,7 +15,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import UNBOUNDED, Claim, Estimate, bootstrap
+from dynamics.statistics import UNBOUNDED, Claim, Estimate, Scale, bootstrap
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.curves import curve, rows_of
@@ -62,7 +62,7 @@ class Study(NamedTuple):
     losses: np.ndarray  # f64[gammas, T]: of the worst case, by gradient descent
     pair: np.ndarray  # f64[gammas, 4]
     examples: float
-    scale: str
+    scale: Scale
 
     def over(self, values: reading.Cells, problem: str, method: str) -> np.ndarray:
         """f64[R, gammas]."""
@@ -119,7 +119,9 @@ def _study(run: record.Run) -> Study:
         losses=_losses(run, "worst", gammas),
         pair=_losses(run, "pair", gammas),
         examples=reading.number(run, "study", "examples"),
-        scale=f"digits {classes[0]} and {classes[1]}, and the paper's problems",
+        scale=reading.scale_of(
+            run, f"digits {classes[0]} and {classes[1]}, and the paper's problems"
+        ),
     )
     for problem in ("worst", "digits"):
         for method in NAMES:
@@ -177,7 +179,8 @@ def _claims(study: Study, figure: str) -> list[Claim]:
 
 def _worst(study: Study, figure: str) -> list[Claim]:
     """Nothing is random, so there are no intervals."""
-    made = reading.judging(figure, f"the worst case of {study.examples:g} examples, and two", 1, "")
+    scale = study.scale.of(f"the worst case of {study.examples:g} examples, and two")
+    made = reading.judging(figure, scale, 1, "")
     steps = {m: study.over(study.iterations, "worst", m)[0] for m in NAMES}
     moderate, largest = study.gammas.index(study.moderate), study.gammas[-1]
     peak = study.over(study.peak, "worst", "descent")[0]

@@ -1,6 +1,8 @@
 """What figures share: reading a run, and the words for what was read.
 
-Whatever a run lacks is one ValueError that names the run and the thing.
+Whatever a run lacks is one ValueError that names the run and the thing. A seed of which any member
+diverged is left out of every frame and array, so no number of a diverged network is ever drawn or
+claimed, and all means of a figure are over the same seeds.
 """
 
 import math
@@ -11,7 +13,7 @@ import numpy as np
 import polars as pl
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate, Paired
+from dynamics.statistics import Claim, Estimate, Paired, Scale
 
 TABLE = ("panel", "series", "index", "x", "y", "low", "high", "seeds")  # of a figure's csv
 
@@ -77,12 +79,27 @@ def only(runs: Sequence[record.Run]) -> record.Run:
     return runs[0]
 
 
-def frame(run: record.Run, name: str | None = None) -> pl.DataFrame:
-    """A frame of the run: that named like its study, or another."""
+def seeds(run: record.Run) -> record.Seeds:
+    """The seeds of the run. ValueError: there are too few that are whole to measure anything."""
+    found = record.seeds(run.frames)
+    if found.lost and len(found.whole) < 2:
+        raise ValueError(f"{where(run)}: not measured: {found}")
+    return found
+
+
+def frame(run: record.Run, name: str | None = None, *, whole: bool = True) -> pl.DataFrame:
+    """A frame of the run: that named like its study, or another; the rows of its whole seeds.
+
+    ``whole=False``: all rows, for a figure in which who diverged is what is measured.
+    """
     wanted = str(value(run, "study", "kind")).lower() if name is None else name
     if wanted not in run.frames:
         raise ValueError(f"{where(run)} has no frame {wanted!r}, but {sorted(run.frames)}")
-    return run.frames[wanted]
+    found = run.frames[wanted]
+    if not whole or "replica" not in found.columns or wanted == record.SCORED:
+        return found
+    lost = seeds(run).lost
+    return found.filter(~pl.col("replica").is_in(lost)) if lost else found
 
 
 def columns(
@@ -162,7 +179,7 @@ def array(
     if name not in run.arrays:
         raise ValueError(f"{where(run)} has no array {name!r}; it has {sorted(run.arrays)}")
     try:
-        part = run.arrays[name].at(**labels)
+        part = _whole(run, run.arrays[name]).at(**labels)
     except ValueError as error:
         raise ValueError(f"{where(run)}: {name!r}: {error}") from None
     found = np.asarray(part.values, dtype=np.float64)
@@ -173,6 +190,17 @@ def array(
             f"{found.shape} and {wrong} values that are not finite"
         )
     return found
+
+
+def _whole(run: record.Run, found: record.Array) -> record.Array:
+    """The array without the seeds of which a member diverged."""
+    if "replica" not in found.dims or record.SCORED in run.frames or not seeds(run).lost:
+        return found
+    axis = found.dims.index("replica")
+    marks = np.asarray(found.coords.get("replica", np.arange(found.values.shape[axis])))
+    kept = np.flatnonzero(~np.isin(marks, seeds(run).lost))
+    coords = {**found.coords, "replica": marks[kept]}
+    return record.Array(np.take(found.values, kept, axis=axis), found.dims, coords)
 
 
 def index(run: record.Run) -> np.ndarray:
@@ -206,12 +234,19 @@ NAMES = {
 }
 
 
-def scale(run: record.Run, *words: str, net: bool = True) -> str:
+def scale(run: record.Run, *words: str, net: bool = True) -> Scale:
     """Data, size, ``words``, model, as in "digits, 1,347 examples, clean labels, MLP 2 x 128"."""
     kind, _, copy = str(run.provenance.get("source", value(run, "data", "source"))).partition(" ")
     size = f"{len(index(run)):,} examples"
     net_words = [model(value(run, "model"))] if net else []
-    return ", ".join([f"{NAMES.get(kind, kind)} {copy}".strip(), size, *words, *net_words])
+    text = ", ".join([f"{NAMES.get(kind, kind)} {copy}".strip(), size, *words, *net_words])
+    return scale_of(run, text)
+
+
+def scale_of(run: record.Run, text: str) -> Scale:
+    """These words for what the run measured at, and how many of its seeds diverged."""
+    diverged = str(seeds(run))
+    return Scale(text, f"{diverged}, left out" if diverged else "")
 
 
 def model(config: Mapping[str, Any]) -> str:
@@ -224,7 +259,7 @@ def model(config: Mapping[str, Any]) -> str:
     return kind
 
 
-def judging(figure: str, scale: str, seeds: int, unit: str = "points") -> Callable[..., Claim]:
+def judging(figure: str, scale: Scale, seeds: int, unit: str = "points") -> Callable[..., Claim]:
     """``made(estimate, quantity, said, at_least=..., control=False)``: a claim of the figure."""
 
     def made(

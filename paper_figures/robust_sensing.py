@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, bootstrap
+from dynamics.statistics import Claim, Scale, bootstrap
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.curves import curve, rows_of
@@ -46,7 +46,7 @@ class Study(NamedTuple):
     truth: reading.Cells
     columns: tuple[int, ...]
     scales: tuple[float, ...]
-    scale: str
+    scale: Scale
 
     def over(self, method: str, columns: int) -> np.ndarray:
         """f64[R, scales]."""
@@ -94,8 +94,11 @@ def _study(run: record.Run) -> Study:
     dim, rank, m, outliers = (reading.number(run, "study", name) for name in names)
     study = Study(
         *(errors, loss, truth, columns, scales),
-        scale=f"a matrix of rank {rank:g} and size {dim:g}, {m:,g} measurements, "
-        f"{reading.percent(outliers)} of them wrong",
+        scale=reading.scale_of(
+            run,
+            f"a matrix of rank {rank:g} and size {dim:g}, {m:,g} measurements, "
+            f"{reading.percent(outliers)} of them wrong",
+        ),
     )
     for method in METHODS:
         for k in columns:

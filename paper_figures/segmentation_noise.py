@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 
 from dynamics import record
+from dynamics.statistics import Scale
 from paper_figures import reading
 from paper_figures.draw import Look
 from paper_figures.reading import Cells
@@ -49,10 +50,11 @@ def epochs(run: record.Run) -> tuple[float, ...]:
     return tuple(float(e) for e in range(1, int(reading.number(run, "epochs")) + 1))
 
 
-def scale(run: record.Run) -> str:
+def scale(run: record.Run) -> Scale:
     """``shapes, 30 images, U-Net of width 8``, of what is trained on."""
     width = reading.number(run, "model", "width")
-    return f"shapes, {len(reading.index(run))} images, U-Net of width {width:g}"
+    text = f"shapes, {len(reading.index(run))} images, U-Net of width {width:g}"
+    return reading.scale_of(run, text)
 
 
 def onsets(run: record.Run, *by: str) -> dict[int, dict[tuple[Any, ...], np.ndarray]]:

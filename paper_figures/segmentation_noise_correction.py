@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim
+from dynamics.statistics import Claim, Scale
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures import segmentation_noise as shared
@@ -62,7 +62,7 @@ class Study(NamedTuple):
     onsets: dict[int, np.ndarray]  # class -> f64[R] of ADELE, at most the last epoch + 1
     methods: tuple[str, ...]
     epochs: tuple[float, ...]
-    scale: str
+    scale: Scale
 
     @property
     def seeds(self) -> int:
@@ -196,18 +196,19 @@ def _controls(study: Study, points: Callable[..., Claim]) -> list[Claim]:
 
 
 def _curves(axes: Axes, study: Study) -> list[dict[str, Any]]:
-    """The curves of the first seed, and when each class was corrected in every seed."""
+    """The curves of the first whole seed, and when each class was corrected in every seed."""
     rows = []
-    fits = study.run.arrays["fit"].at(cell="adele", replica=0)
+    first = next(iter(reading.seeds(study.run).whole), 0)
+    fits = study.run.arrays["fit"].at(cell="adele", replica=first)
     for i, (c, (name, look)) in enumerate(CLASSES.items()):
         values = study.values[f"iou.{c}"]["adele"]
         axes.plot(study.epochs, values[0], look.marker, ms=2.0, color=look.color, label=name,
                   alpha=0.65, zorder=2)  # fmt: skip
-        first, a, b, power = fits.at(**{"class": c}).values
+        onset, a, b, power = fits.at(**{"class": c}).values
         if np.isfinite(a):
-            t = np.linspace(1.0, len(study.epochs) - first, 200)
+            t = np.linspace(1.0, len(study.epochs) - onset, 200)
             fit = -100 * a * np.expm1(-b * t**power)
-            axes.plot(first + t, fit, color=look.color, lw=1.3, zorder=3)
+            axes.plot(onset + t, fit, color=look.color, lw=1.3, zorder=3)
         mine = study.onsets[c]
         axes.axvline(mine[0], color=look.color, ls="--", lw=0.8, zorder=1)
         places = np.full(len(mine), 2.0 + 4.0 * i)
@@ -246,20 +247,25 @@ def _epochs(axes: Axes, letter: str, note: str) -> None:
 
 
 def _examples(axes: Axes, study: Study) -> None:
-    """A row for each image: what it is, what was said of it, what became of that."""
+    """A row for each image: what it is, what was said of it, what became of that.
+
+    What became of it is that of seed 0, if no member of it diverged.
+    """
     images, true, noisy = (
         study.run.arrays[f"shown_{name}"].values for name in ("images", "clean", "labels")
     )
     step = 1.07
-    parts = [noisy, study.array("shown_corrected", "adele")]
-    parts += [study.array("shown_predicted", method) for method in ("adele", "ce")]
+    parts = [noisy]
+    if 0 not in reading.seeds(study.run).lost:
+        parts += [study.array("shown_corrected", "adele")]
+        parts += [study.array("shown_predicted", method) for method in ("adele", "ce")]
     limit = np.abs(images).max()
     for i, clean in enumerate(true):
         y = i * step
         shared.picture(axes, images[i], 0.0, y, cmap="gray", vmin=-limit, vmax=limit)
         for j, part in enumerate(parts):
             shared.mask(axes, part[i], (j + 1) * step, y, clean)
-    for j, text in enumerate(COLUMNS):
+    for j, text in enumerate(COLUMNS[: len(parts) + 1]):
         axes.text(j * step + 0.5, -0.05, text, fontsize=7, ha="center", va="bottom")
     axes.set_xlim(0, len(COLUMNS) * step - (step - 1))
     axes.set_ylim(len(true) * step - (step - 1), -0.32)

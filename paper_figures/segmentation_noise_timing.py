@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim
+from dynamics.statistics import Claim, Scale
 from paper_figures import draw as drawing
 from paper_figures import panels, reading
 from paper_figures import segmentation_noise as shared
@@ -47,7 +47,7 @@ class Study(NamedTuple):
     levels: dict[str, dict[str, np.ndarray]]  # column -> method -> f64[R]
     at: tuple[float, ...]
     onsets: dict[int, np.ndarray]
-    scale: str
+    scale: Scale
 
     @property
     def seeds(self) -> int:

@@ -16,7 +16,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import UNBOUNDED, Claim, Estimate
+from dynamics.statistics import UNBOUNDED, Claim, Estimate, Scale
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.curves import curve, rows_of
@@ -67,7 +67,7 @@ class Study(NamedTuple):
     alphas: tuple[float, ...]
     shrinkage: np.ndarray  # f64[A, T, n]
     limit: np.ndarray  # f64[n]: of the alpha nearest to SOME
-    scale: str
+    scale: Scale
 
     @property
     def steps(self) -> list[int]:
@@ -142,8 +142,11 @@ def _study(run: record.Run) -> Study:
         alphas=alphas,
         shrinkage=shrinkage,
         limit=some * d / (some * d + number["ridge"]),
-        scale=f"{number['examples']:g} values of sin(2 pi x) with noise {number['noise']:g}, "
-        f"kernel exp(-{number['gamma']:g} (x - z)^2), ridge {number['ridge']:g}",
+        scale=reading.scale_of(
+            run,
+            f"{number['examples']:g} values of sin(2 pi x) with noise {number['noise']:g}, "
+            f"kernel exp(-{number['gamma']:g} (x - z)^2), ridge {number['ridge']:g}",
+        ),
     )
     for alpha in alphas:
         study.over(alpha)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record
-from dynamics.statistics import Claim, bootstrap
+from dynamics.statistics import Claim, Scale, bootstrap
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.curves import curve, rows_of
@@ -60,7 +60,7 @@ class Study(NamedTuple):
     critical: dict[str, np.ndarray]  # f64[B, 2, R]: eta tr H / 2 by kind
     bounds: dict[str, np.ndarray]
     sizes: np.ndarray  # f64[B]
-    scale: str
+    scale: Scale
 
     def ends(self, metric: str, batch: float) -> np.ndarray:
         """f64[R, rates]: at the last step."""
@@ -137,7 +137,7 @@ def _study(run: record.Run) -> Study:
     study = Study(
         *(values, batches, rates, large, steps, critical, _critical(run, "necessary")[1]),
         sizes=sizes,
-        scale=f"<u*u - v*v, x> of dimension {dim:g}, {examples:g} examples",
+        scale=reading.scale_of(run, f"<u*u - v*v, x> of dimension {dim:g}, {examples:g} examples"),
     )
     for batch in batches:
         study.ends("trace", batch)
@@ -184,7 +184,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
 
 def _critical_claims(study: Study, figure: str) -> list[Claim]:
     """Of the minima that are made up."""
-    scale = "made-up gradients, critical learning rates"
+    scale = study.scale.of("made-up gradients, critical learning rates")
     made = reading.judging(figure, scale, study.critical["equal"].shape[2], "")
     equal, one = study.critical["equal"], int(np.argmin(study.sizes))
     four = int(np.argmin(abs(study.sizes - 4)))

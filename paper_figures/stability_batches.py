@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim
+from dynamics.statistics import Claim, Scale
 from paper_figures import draw as drawing
 from paper_figures import panels, reading
 from paper_figures.draw import Look
@@ -43,7 +43,7 @@ class Study(NamedTuple):
 
     cells: dict[str, Cells]  # measure -> by size, averaged over the last measurements
     sizes: tuple[float, ...]
-    scale: str
+    scale: Scale
     rate: float
 
 

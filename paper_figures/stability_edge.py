@@ -17,7 +17,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate
+from dynamics.statistics import Claim, Estimate, Scale
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.draw import Look
@@ -53,7 +53,7 @@ class Study(NamedTuple):
     reached: dict[str, np.ndarray]  # rule -> bool[R, T]
     loss: dict[str, np.ndarray]  # rule -> [R, steps]
     rises: dict[str, np.ndarray]  # rule -> [R, 2]: before and after
-    scale: str
+    scale: Scale
 
 
 def draw(

@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate
+from dynamics.statistics import Claim, Estimate, Scale
 from paper_figures import draw as drawing
 from paper_figures import panels, reading
 from paper_figures.draw import Look
@@ -57,7 +57,7 @@ class Study(NamedTuple):
     weights: np.ndarray  # the same; those of a vector have the sum 1
     sharpness: np.ndarray  # [T, R], by Lanczos from one vector
     threshold: float
-    scale: str
+    scale: Scale
 
     def part(self, name: str) -> np.ndarray:
         """[T, R]: the part of the eigenvalues that is ``near zero``, or ``negative``."""
@@ -140,7 +140,7 @@ def _study(run: record.Run) -> Study:
 
 def _claims(study: Study, figure: str) -> list[Claim]:
     seeds = study.sharpness.shape[1]
-    scale = f"{study.scale}, {NAMES.get(study.loss, study.loss)}"
+    scale = study.scale.of(f"{study.scale}, {NAMES.get(study.loss, study.loss)}")
     made = reading.judging(figure, scale, seeds, "of the eigenvalues")
     edges = reading.judging(figure, scale, seeds, "of the sharpness")
     near, negative = study.part("near zero"), study.part("negative")

@@ -7,7 +7,7 @@ import polars as pl
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Estimate
+from dynamics.statistics import Estimate, Scale
 from paper_figures import reading
 from paper_figures.draw import Look
 from paper_figures.reading import Cells
@@ -36,22 +36,21 @@ LOOKS = {
 
 
 def cells(run: record.Run, column: str, *steps: int) -> Cells:
-    """A column at some steps by width, intervention, rate and step; infinite of a run that had
-    diverged before, and where it is nan.
+    """A column at some steps by width, intervention, rate and step; infinite of a run that
+    diverged, then or later, and where it is nan. Before the first step they all are alike: finite.
 
     ValueError: no row of a step, or what ``reading.cells`` refuses.
     """
-    frame, by = reading.frame(run), ["width", "intervention", "rate"]
-    reading.columns(run, *by, "replica", "step", "diverged", column)
+    frame, by = reading.frame(run, whole=False), ["width", "intervention", "rate"]
+    reading.columns(run, *by, "replica", "step", "diverged", column, rows=frame)
     there = frame.filter(pl.col("step").is_in(steps))
     if missing := sorted(set(steps) - set(there["step"].to_list())):
         raise ValueError(f"{reading.where(run)} has no rows of step {missing[0]}")
+    there = there.filter(pl.col("diverged").is_null() | (pl.col("step") == 0))
     there = there.select(*by, "replica", "step", pl.col(column).fill_nan(np.inf))
     ended = frame.filter(pl.col("diverged").is_not_null()).select(*by, "replica", "diverged")
     lost = ended.unique().join(pl.DataFrame({"step": steps}), how="cross")
-    lost = lost.filter(pl.col("step") > pl.col("diverged")).with_columns(
-        pl.lit(np.inf).alias(column)
-    )
+    lost = lost.filter(pl.col("step") > 0).with_columns(pl.lit(np.inf).alias(column))
     rows = pl.concat([there, lost.select(there.columns)], how="vertical_relaxed")
     return reading.cells(
         run, *by, "step", rows=rows, of=column, within=(-np.inf, np.inf), times=1.0
@@ -71,6 +70,13 @@ def interventions(run: record.Run, found: Cells) -> tuple[str, ...]:
             f"{reading.where(run)}: interventions must be of {list(NAMES)}, got {unknown[0]!r}"
         )
     return tuple(name for name in NAMES if name in there)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> Estimate | statistics.Paired:
+    """A - b over paired replicas; nan if either has a replica that has no number."""
+    if not np.isfinite([a, b]).all():
+        return Estimate(np.nan, np.nan, np.nan)
+    return statistics.paired(a, b)
 
 
 def geometric(values: np.ndarray) -> Estimate:
@@ -107,12 +113,16 @@ def line(axes: Axes, x: Sequence[float], found: Sequence[Estimate], look: Look, 
         axes.fill_between(x, low, high, color=look.color, alpha=0.15, lw=0)
 
 
-def scale(run: record.Run) -> str:
-    """Text, size and net, as in "Python's docstrings, 17,189 windows of 32 bytes, 2 blocks"."""
+def scale(run: record.Run) -> Scale:
+    """Text, size and net, as in "Python's docstrings, 17,189 windows of 32 bytes, 2 blocks"; and
+    how many members diverged, which these figures count rather than leave out.
+    """
     source = reading.value(run, "data", "source")
     name = str(reading.value(run, "data", "file")).rpartition("/")[2].partition(".")[0]
     words = ["Python's docstrings" if source == "docstrings" else name]
     context = f"{reading.number(run, 'data', 'context'):g}"
     words.append(f"{len(reading.index(run)):,} windows of {context} bytes")
     words.append(reading.count(reading.number(run, "depth"), "block"))
-    return ", ".join(words)
+    members = reading.frame(run, whole=False).unique(["width", "intervention", "rate", "replica"])
+    lost = members["diverged"].is_not_null().sum()
+    return Scale(", ".join(words), f"{lost} of {len(members)} members diverged" if lost else "")

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate
+from dynamics.statistics import Claim, Estimate, Scale
 from paper_figures import draw as drawing
 from paper_figures import panels, reading
 from paper_figures.reading import Cells, Said, row
@@ -24,6 +24,7 @@ from paper_figures.transformer_stability import (
     OURS,
     PAPER,
     cells,
+    difference,
     geometric,
     interventions,
     line,
@@ -60,17 +61,18 @@ class Study(NamedTuple):
     interventions: tuple[str, ...]
     rates: tuple[float, ...]
     steps: int
-    scale: str
+    scale: Scale
 
     def of(self, found: Cells, width: int, name: str, rate: float) -> np.ndarray:
         """[R] at the last step."""
         return found.of(width, name, rate, self.steps)
 
     def sensitivity(self, width: int, name: str) -> np.ndarray:
-        """Of each replica, in nats."""
+        """Of each replica, in nats; nan of one that diverged at every rate."""
         losses = np.stack([self.of(self.loss, width, name, r) for r in self.rates], axis=1)
         initial = self.initial.of(width, name, self.rates[0], 0)
-        return statistics.learning_rate_sensitivity(list(self.rates), losses, initial)
+        found = statistics.learning_rate_sensitivity(list(self.rates), losses, initial)
+        return np.where(np.isfinite(losses).any(axis=1), found, np.nan)
 
     def bracketed(self, width: int, name: str) -> bool:
         """Whether the best rate is inside the range of rates."""
@@ -137,7 +139,9 @@ def _claims(study: Study, figure: str) -> list[Claim]:
 
 def _of_width(study: Study, width: int, figure: str) -> list[Claim]:
     made = {
-        unit: reading.judging(figure, f"{study.scale}, width {width}", study.loss.replicas, unit)
+        unit: reading.judging(
+            figure, study.scale.of(f"{study.scale}, width {width}"), study.loss.replicas, unit
+        )
         for unit in ("times", "nats")
     }
     has = set(study.interventions)
@@ -147,7 +151,7 @@ def _of_width(study: Study, width: int, figure: str) -> list[Claim]:
     def less(than: str, other: str, said: Said, **gate: Any) -> None:
         """How far ``other`` is less sensitive ``than`` another."""
         if {than, other} <= has:
-            e = statistics.paired(study.sensitivity(width, than), study.sensitivity(width, other))
+            e = difference(study.sensitivity(width, than), study.sensitivity(width, other))
             what = f"sensitivity, {NAMES[than]} - {NAMES[other]}"
             claims.append(made["nats"](e, what, said, **gate))
 
@@ -165,7 +169,7 @@ def _of_width(study: Study, width: int, figure: str) -> list[Claim]:
     less("none", "mu_param", MU, control=True, at_most=0.05)
     if {"none", "qk_norm"} <= has:
         at = _best(study, width, "none")
-        e = statistics.paired(*(study.of(study.loss, width, n, at) for n in ("qk_norm", "none")))
+        e = difference(*(study.of(study.loss, width, n, at) for n in ("qk_norm", "none")))
         what = f"loss at rate {at:g}, {NAMES['qk_norm']} - {NAMES['none']}"
         claims.append(made["nats"](e, what, FREE, control=True, at_most=0.05))
     less("none", "z_loss", NO_Z, control=True, at_least=0.05)
@@ -242,9 +246,9 @@ def _rates(axes: Axes) -> None:
 
 
 def _mean(values: np.ndarray) -> Estimate:
-    """Infinite where a run diverged."""
+    """Nan where a run diverged."""
     finite = np.isfinite(values).all()
-    return statistics.bootstrap(values) if finite else Estimate(np.inf, np.nan, np.nan)
+    return statistics.bootstrap(values) if finite else Estimate(np.nan, np.nan, np.nan)
 
 
 def _rows(

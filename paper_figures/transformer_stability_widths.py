@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from dynamics import record, statistics
-from dynamics.statistics import Claim, Estimate, Extrapolation
+from dynamics.statistics import Claim, Estimate, Extrapolation, Scale
 from paper_figures import draw as drawing
 from paper_figures import reading
 from paper_figures.draw import Look
@@ -56,7 +56,7 @@ class Study(NamedTuple):
     interventions: tuple[str, ...]
     rates: tuple[float, ...]
     steps: tuple[int, int]
-    scale: str
+    scale: Scale
 
     @property
     def seeds(self) -> int:

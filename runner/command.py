@@ -21,6 +21,8 @@ from dynamics import config as configs
 from dynamics import record
 from runner import export, launch, progress
 
+DIVERGED = 4  # exit status: done, and no result
+
 USAGE = """\
 usage: python -m experiments NAME [PRESET.py] [--flags]
            one run; NAME --help lists every value with its meaning and default
@@ -39,6 +41,8 @@ results:     runs/<experiment>/<fingerprint>; a finished run is not computed aga
 environment: DYNAMICS_DATA   the folder of data sets (default: none; digits need no files)
              DYNAMICS_CACHE  the folder of compiled programs, or off (default: the user's cache)
              JAX_NUM_CPU_DEVICES  devices to split a CPU into (default: one per core)
+exit status: 0 done, 1 some runs are missing, 2 refused, 3 another host was lost, 4 done, but every
+             member of some run diverged: stored, and no result
 several hosts: the same command on each; found by itself on SLURM, Open MPI, Kubernetes and Cloud
              TPU, else JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES JAX_PROCESS_ID;
              DYNAMICS_PATIENCE  seconds to wait for one that does not arrive (default: 600)
@@ -64,7 +68,7 @@ class Refused(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out a command; the exit status: 0 done, 1 some runs are missing, 2 refused."""
+    """Carry out a command; the exit status, as the usage says."""
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__) if info.ispkg]
     usage = USAGE.format(names=", ".join(names))
     if argv[:1] == ["export"]:
@@ -254,9 +258,7 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
                 raise
             print(f"error: {error}", file=sys.stderr)
             return 2
-    if hosts.is_first():
-        _say_done(name, points, where, began)
-    return 0
+    return _say_done(name, points, where, began) if hosts.is_first() else 0
 
 
 def _launch(name: str, points: Sequence[Any], where: Where, how: launch.How) -> int:
@@ -273,8 +275,7 @@ def _launch(name: str, points: Sequence[Any], where: Where, how: launch.How) -> 
         print(f"stopped{jobs}; the same command goes on", file=sys.stderr)
         return 130
     if not missing:
-        _say_done(name, points, where, began)
-        return 0
+        return _say_done(name, points, where, began)
     count = sum(map(len, missing))
     print(f"error: {count} of {len(points)} runs of {name} are missing", file=sys.stderr)
     for unit, why in missing.items():
@@ -284,11 +285,26 @@ def _launch(name: str, points: Sequence[Any], where: Where, how: launch.How) -> 
     return 1
 
 
-def _say_done(name: str, points: Sequence[Any], where: Where, began: float) -> None:
+def _say_done(name: str, points: Sequence[Any], where: Where, began: float) -> int:
+    """Say where the runs are, and which of them have members that diverged; the exit status."""
     seconds = time.monotonic() - began
     print(f"{len(points)} run{'s' * (len(points) > 1)} of {name}, {seconds:.1f} s:")
     _say_points(name, points, points, where, sys.stdout)
     print(f"draw:  python -m paper_figures {name} --runs {where.runs}")
+    return _say_diverged(name, points, where)
+
+
+def _say_diverged(name: str, points: Sequence[Any], where: Where) -> int:
+    """A line for each run that lost members; DIVERGED if one lost them all, else 0."""
+    status = 0
+    for path in [where.runs / name / configs.fingerprint(point) for point in points]:
+        frames = record.read(path).frames
+        if record.nothing(frames):
+            print(f"no result: every member diverged in {path}", file=sys.stderr)
+            status = DIVERGED
+        elif lost := str(record.seeds(frames)):
+            print(f"{lost}, and no figure or claim has them: {path}", file=sys.stderr)
+    return status
 
 
 def _say_points(

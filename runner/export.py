@@ -5,7 +5,7 @@ with ``index`` (its place in the file), ``label`` as trained on, and for each sc
 the runs that did not diverge and saw the example, ``<score>`` or ``<score>@<epoch>``, and the
 standard error of that mean, ``..._se`` (nan for one run). With --keep also OUT/subset.npz and
 .parquet, the rows that are kept. The .json beside them names the run, its config, the hash of the
-data, and how the subset was chosen.
+data, the runs that diverged, if any, and how the subset was chosen.
 """
 
 import argparse
@@ -29,7 +29,7 @@ class Mean(NamedTuple):
     value: np.ndarray  # [N]
     error: np.ndarray | None  # [N]: its standard error; None: of a score that no run has a part in
     kind: str  # of ``scores.HARD``
-    replicas: int
+    replicas: int  # that it is over; 0: of a score that no run has a part in
 
 
 def main(argv: Sequence[str]) -> int:
@@ -73,12 +73,22 @@ def _export(options: argparse.Namespace) -> list[Path]:
         "replicas": {name: mean.replicas for name, mean in means.items() if mean.replicas},
         "hard": {name: scores.HARD[mean.kind] for name, mean in means.items()},
     }
+    if (lost := _lost(run))["diverged"]:
+        about |= lost
     paths = record.export(options.out, "scores", columns, about)
     if options.keep is not None:
         rows, how = _subset(options, columns, means)
         kept = {"row": rows, "index": columns["index"][rows], "label": columns["label"][rows]}
         paths += record.export(options.out, "subset", kept, about | {"chosen": how})
     return paths
+
+
+def _lost(run: record.Run) -> dict[str, list[int]]:
+    """``diverged``: the scoring runs that did, of which no number is in the table."""
+    runs = run.frames.get(record.SCORED)
+    if runs is None:
+        return {"diverged": []}
+    return {"diverged": sorted(runs.filter(runs["diverged"].is_not_null())["replica"].to_list())}
 
 
 def averages(run: record.Run) -> dict[str, Mean]:
@@ -104,7 +114,7 @@ def _mean(run: record.Run, name: str, array: record.Array) -> Mean:
     if not len(whole):
         raise ValueError(f"no run of {name} is left that did not diverge")
     value, error = statistics.over_replicas(whole)
-    return Mean(value, error, KINDS[name], len(diverged))
+    return Mean(value, error, KINDS[name], len(whole))
 
 
 def table(run: record.Run, means: dict[str, Mean]) -> dict[str, np.ndarray]:

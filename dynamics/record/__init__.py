@@ -28,15 +28,18 @@ from dynamics.record.files import (
 )
 from dynamics.record.points import alone, completed, finished
 from dynamics.record.reading import export, read, read_all, runs
+from dynamics.record.seeds import SCORED, Seeds, nothing, seeds, untold
 from dynamics.record.writing import Recorder, named, provenance
 
 __all__ = [
     "FORMAT",
+    "SCORED",
     "Array",
     "Findings",
     "RecordError",
     "Recorder",
     "Run",
+    "Seeds",
     "alone",
     "asked",
     "completed",
@@ -44,11 +47,14 @@ __all__ = [
     "finished",
     "frame",
     "named",
+    "nothing",
     "over_steps",
     "provenance",
     "read",
     "read_all",
     "runs",
+    "seeds",
     "stacked",
+    "untold",
     "write",
 ]

@@ -199,19 +199,23 @@ def _described(tested: pl.DataFrame, trained: Trained, job: Job[Config, Any]) ->
 
 
 def _detected(trained: Trained, job: Job[Config, Curves]) -> pl.DataFrame:
-    """Wrong labels that a mixture finds by their loss, of members that had not diverged."""
+    """Wrong labels that a mixture finds by their loss; null of members that diverged."""
     rows, losses = [], trained.arrays["loss", "score"]
     wrong = given_to(trained.members, job) != np.asarray(job.data.train.y)
     for step in losses.coords["step"].tolist():
         for mask, member in zip(wrong, trained.members.rows(named=True), strict=True):
-            if member["diverged"] is not None and member["diverged"] < step:
+            if member["diverged"] is not None:
+                rows.append({**member, "step": step, "precision": None, "recall": None})
                 continue
             values = losses.at(step=step, member=member["member"]).values
             usable = np.isfinite(values).all() and values.min() < values.max()
             clean = scores.small_loss(values) if usable else np.ones(len(values))
             precision, recall = statistics.precision_recall(clean < 0.5, mask)
             rows.append({**member, "step": step, "precision": precision, "recall": recall})
-    return _named(pl.DataFrame(rows, infer_schema_length=None), job, "precision", "recall")
+    found = pl.DataFrame(rows, infer_schema_length=None).cast(
+        {"precision": pl.Float64, "recall": pl.Float64, "diverged": pl.Int64}
+    )
+    return _named(found, job, "precision", "recall", "diverged")
 
 
 def _named(found: pl.DataFrame, job: Job[Config, Any], *columns: str) -> pl.DataFrame:

@@ -83,7 +83,7 @@ def measure(job: Job[Config, Basin]) -> Findings:
     for p, case, held in itertools.product(range(len(job.points)), cases, study.lambdas):
         end = ends.at(point=p, case=case.name, elr_lambda=held).values
         row = {"point": p, "case": case.name, "classes": case.classes, "spread": case.spread}
-        row |= {"elr_lambda": held, "measured": _between(_starts(study), end > 0.5)}
+        row |= {"elr_lambda": held, "measured": _between(_starts(study), end)}
         rows.append({**row, "predicted": threshold(held)})
     return Findings({"basin": pl.DataFrame(rows)}, {"true": true})
 
@@ -143,8 +143,14 @@ def _example() -> Dataset:
     return Dataset(np.zeros((1, 1), np.float32), np.array([LABEL], np.int32), zero, one)
 
 
-def _between(starts: np.ndarray, held: np.ndarray) -> float:
-    """Half-way between the last start that is not held and the next; 1 if the last one is not."""
+def _between(starts: np.ndarray, end: np.ndarray) -> float | None:
+    """Half-way between the last start that is not held and the next; 1 if the last one is not.
+
+    None where one diverged.
+    """
+    if np.isnan(end).any():
+        return None
+    held = end > 0.5
     if not held[-1]:
         return 1.0
     first = len(held) - int(np.argmin(held[::-1])) if not held.all() else 0

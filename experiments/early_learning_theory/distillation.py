@@ -25,12 +25,13 @@ def measure(job: Job[Config, Distillation]) -> Findings:
     of replica ``replica``; ``alpha`` is that weight, ``training`` the one the training examples
     would give. Arrays, where nothing depends on the noise: ``eigenvalues`` f32[direction], falling,
     and ``shrinkage`` f32[alpha, step, direction]; of replica 0: ``x`` and ``y`` f32[example],
-    ``curves`` f32[alpha, step, x]. Everything is computed on one device, whatever the mesh.
+    ``curves`` f32[alpha, step, x]. Everything is computed on one device, whatever the mesh,
+    and solved, not trained: none ``diverged``.
     """
     found = []
     for p, (point, study) in enumerate(zip(job.points, job.studies, strict=True)):
         frame, arrays = _students(study, point.seed)
-        found.append((frame.with_columns(point=pl.lit(p)), arrays))
+        found.append((frame.with_columns(point=pl.lit(p), diverged=pl.lit(None, pl.Int64)), arrays))
     arrays = {
         name: array._replace(
             values=np.stack([own[name].values for _, own in found]), dims=("point", *array.dims)

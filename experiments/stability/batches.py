@@ -48,6 +48,7 @@ def measure(net: Task, job: Job[Config, Batches]) -> Findings:
             "replica",
             "step",
             "ratio",
+            "diverged",
             averaged=pl.col("step") > study.steps - study.averaged * study.every,
             batch_sharpness=pl.col("value_batch") * half,
             interaction=pl.col("interaction") * half,

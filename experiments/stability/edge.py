@@ -36,8 +36,8 @@ def measure(net: Task, job: Job[Config, Edge]) -> Findings:
     ``reached`` (from the first ratio of 0.98 on) and ``loss``; rule ``control`` is gd at a lower
     rate. ``rises``, for each (rule, replica): the part of the steps after which the loss was
     higher, ``before`` the first ratio of 0.98 and ``after``, and the ``step`` of it (null: never).
-    ``loss``, for each (rule, replica, step). Array: ``index``. Weights: those at the end, by
-    program.
+    ``loss``, for each (rule, replica, step). All say who ``diverged``, the step. Array: ``index``.
+    Weights: those at the end, by program.
     """
     study = job.study
     rules = [*study.rules, *(["control"] if "gd" in study.rules else [])]
@@ -63,7 +63,7 @@ def measure(net: Task, job: Job[Config, Edge]) -> Findings:
     frames = {
         "edge": _edge(trained, study),
         "rises": _rises(trained),
-        "loss": trained.rows.select("point", "rule", "replica", "step", "loss"),
+        "loss": trained.rows.select("point", "rule", "replica", "step", "loss", "diverged"),
     }
     return Findings(frames, indices(job.data.train), weights)
 
@@ -122,12 +122,15 @@ def _edge(trained: Trained, study: Edge) -> pl.DataFrame:
         .join(loss, on=["member", "at"], how="left", maintain_order="left")
         .rename({"value": "sharpness"})
         .select("point", "rule", "replica", "step", "ratio", "sharpness", "residual", "smallest",
-                "reached", "loss")
+                "reached", "loss", "diverged")
     )  # fmt: skip
 
 
 def _rises(trained: Trained) -> pl.DataFrame:
-    """What the loss of each run did before its threshold was reached, and after."""
+    """What the loss of each run did before its threshold was reached, and after.
+
+    Null of a run that diverged.
+    """
     sharp, rows = trained.measured["sharpness"], []
     for own in trained.rows.partition_by("member", maintain_order=True):
         member = own.row(0, named=True)
@@ -135,11 +138,13 @@ def _rises(trained: Trained) -> pl.DataFrame:
         higher = np.diff(own["loss"].to_numpy().astype(np.float32)) > 0
         reached = above["step"].min() if len(above) else None
         end = len(own) if reached is None else int(reached)  # pyright: ignore[reportArgumentType]
-        row = {name: member[name] for name in ("point", "rule", "replica")}
+        row = {name: member[name] for name in ("point", "rule", "replica", "diverged")}
         row |= {"step": reached, "before": None, "after": None}
-        if end:
+        whole = member["diverged"] is None
+        if whole and end:
             row["before"] = float(higher[:end].mean())
-        if end < len(higher):
+        if whole and end < len(higher):
             row["after"] = float(higher[end:].mean())
         rows.append(row)
-    return pl.DataFrame(rows, infer_schema_length=None)
+    kinds = {"before": pl.Float64, "after": pl.Float64, "diverged": pl.Int64, "step": pl.Int64}
+    return pl.DataFrame(rows, infer_schema_length=None).cast(kinds)  # pyright: ignore[reportArgumentType]

@@ -54,7 +54,7 @@ def measure(net: Task, job: Job[Config, Spectra]) -> Findings:
             maintain_order="left",
         )
         .select("point", "replica", "step", "trace", "trace_error", "frobenius",
-                "frobenius_error", "sharpness", "residual", "smallest", "ratio")
+                "frobenius_error", "sharpness", "residual", "smallest", "ratio", "diverged")
     )  # fmt: skip
     arrays = {
         name: training.unstack(

@@ -118,9 +118,9 @@ def measure(job: Job[Config, Perceptron]) -> Findings:
 
     ``iterations`` until every example is right (infinity if never) and those of the ``perceptron``;
     ``distance``, the largest of theta / gamma and the perceptron up to then; ``mistake``, the
-    largest loss after step 0. ``problem`` is "worst" (the batch perceptron's worst case), "pair"
-    (two examples) or "digits", ``method`` "descent" or "normalised". Nothing is random but the
-    noise of the digits: of the others there is one replica.
+    largest loss after step 0; ``diverged``, the step (null: never). ``problem`` is "worst" (the
+    batch perceptron's worst case), "pair" (two examples) or "digits", ``method`` "descent" or
+    "normalised". Nothing is random but the noise of the digits: of the others there is one replica.
     """
     with jax.enable_x64(True):
         path = pl.concat([_trained(job, group).measured["look"] for group in populations(job)])
@@ -133,8 +133,9 @@ def measure(job: Job[Config, Perceptron]) -> Findings:
     frame = path.group_by(*by, "iterations", "perceptron", maintain_order=True).agg(
         distance=pl.col("distance").filter(pl.col("step") <= until).max(),
         mistake=pl.col("mistake").filter(pl.col("step") > 0).max(),
+        diverged=pl.col("diverged").first(),
     )
-    return Findings({"perceptron": frame, "path": path.select(*by, "step", *METRICS)})
+    return Findings({"perceptron": frame, "path": path.select(*by, "step", *METRICS, "diverged")})
 
 
 def populations(job: Job[Config, Perceptron]) -> list[pl.DataFrame]:

@@ -93,7 +93,8 @@ def measure(job: Job[Config, Sensing]) -> Findings:
     one, two = populations(job)
     with jax.enable_x64(True):
         parts = [_symmetric(job, one), *_asymmetric(job, two)]
-    names = ("point", "method", "columns", "scale", "step", "replica", "error", "least")
+    names = ("point", "method", "columns", "scale", "step", "replica", "error", "least",
+             "diverged")  # fmt: skip
     return Findings({"sensing": pl.concat([part.measured["look"].select(names) for part in parts])})
 
 
