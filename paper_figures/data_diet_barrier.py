@@ -7,7 +7,7 @@ the examples of highest EL2N, of lowest, and on random ones. At the left, childr
 nothing, not even their initialisation.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, figure 4 of the submission, on our data
-and model; bars are 95 % intervals of the mean over pairs of children.
+and model; bars are 95 % intervals of the mean over pairs of children, each with scores of its own.
 """
 
 import functools
@@ -267,7 +267,8 @@ def _caption(studies: Sequence[Study]) -> str:
     return (
         f"{data_diet.scale(study.run, noise=False)}. Training error between two children after "
         f"{reading.count(config('epochs'), 'epoch')} in all, parted at the spawn epoch; "
-        f"{reading.count(pairs, 'pair')}{intervals}. {config('examples'):g} examples of highest, "
+        f"{data_diet.varied(study.run, pairs, max(s.noise for s in studies), 'pair')}{intervals}. "
+        f"{config('examples'):g} examples of highest, "
         f"of lowest EL2N at epoch {config('scored_at'):g}, and random ones; the children's own "
         f"error on the highest: {own} %. Logarithmic above 1."
     )

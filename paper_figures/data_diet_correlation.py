@@ -5,7 +5,9 @@ is hard; on the diagonal of a score with itself, half of the runs against the ot
 same for averages over fewer runs: how many it takes.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, appendix D of the submission; Kirsch
-2023, arXiv 2303.14753, for GraNd at initialisation. Intervals leave out one run at a time.
+2023, arXiv 2303.14753, for GraNd at initialisation. Intervals leave out one run at a time; where
+labels are wrong, numbers are means over draws, each with labels and runs of its own, and intervals
+are over these.
 """
 
 import functools
@@ -25,7 +27,7 @@ from dynamics import record, statistics
 from dynamics.statistics import Claim, Estimate
 from paper_figures import data_diet, data_diet_scores, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, PAPER
+from paper_figures.data_diet import KIRSCH, PAPER, Draws
 from paper_figures.data_diet_scores import Score, Scores, parts
 from paper_figures.draw import Look
 from paper_figures.reading import minus
@@ -59,8 +61,8 @@ class Study(NamedTuple):
 
     def correlation(self, a: Score, b: Score) -> Estimate:
         """Spearman of two averages over runs."""
-        found = self.scores.estimate(lambda means: statistics.spearman(*means), a, b)
-        return data_diet_scores.clipped(found, -1.0, 1.0)
+        found = self.scores.estimate(lambda means, _: statistics.spearman(*means), a, b)
+        return data_diet.clipped(found, -1.0, 1.0)
 
 
 def draw(
@@ -94,10 +96,10 @@ def _study(runs: Sequence[record.Run]) -> Study:
     if len(runs) != 1:
         raise ValueError(f"{EXPERIMENT}: this figure is of one run, got {len(runs)}")
     scores = data_diet_scores.read(runs[0])
-    if scores.replicas < FEWEST:
+    if scores.draws.count < FEWEST:
         raise ValueError(
             f"{reading.where(runs[0])}: score.replicas must be >= {FEWEST} to compare halves of "
-            f"them, got {scores.replicas}"
+            f"the runs on the same labels, got {scores.draws.count}"
         )
     early, last = scores.early, scores.last
     names = [NORM_OF, *(Score(kind, 0) for kind in INIT)]
@@ -108,22 +110,25 @@ def _study(runs: Sequence[record.Run]) -> Study:
     for name in [*followed, NORM_OF]:
         scores.hard(name)  # or says that it isn't there
     followed += [name for name in (Score("forgetting", last),) if name in names]
-    half = scores.replicas // 2
+    half = scores.draws.count // 2
     counts = sorted({1, half} | {k for k in (2, 5) if k < half})
     return Study(
         scores,
         tuple(names),
-        {name: {k: agreement(scores.hard(name), k) for k in counts} for name in followed},
+        {
+            name: {k: agreement(scores.hard(name), k, scores.draws) for k in counts}
+            for name in followed
+        },
     )
 
 
 # Measuring
 
 
-def agreement(replicas: np.ndarray, count: int) -> Estimate:
+def agreement(replicas: np.ndarray, count: int, draws: Draws) -> Estimate:
     """Spearman between the averages of two disjoint sets of ``count`` replicas, of [R, N]."""
-    found = statistics.jackknife(lambda some: _agreement(some, count), replicas)
-    return data_diet_scores.clipped(found, -1.0, 1.0)
+    found = draws.estimate(lambda some, _: _agreement(some, count), replicas)
+    return data_diet.clipped(found, -1.0, 1.0)
 
 
 def _agreement(replicas: np.ndarray, count: int) -> float:
@@ -141,6 +146,11 @@ def _standard(scores: np.ndarray) -> np.ndarray:
     return np.divide(ranks, length, out=np.full_like(ranks, np.nan), where=length > 0)
 
 
+def _halves(replicas: np.ndarray, half: int, draws: Draws) -> float:
+    """Spearman of two halves of the runs on the same labels, averaged over draws."""
+    return float(np.mean(draws.each(lambda some, _: _agreement(some, half), replicas)))
+
+
 def _helped(replicas: np.ndarray) -> float:
     """Spearman of two halves of the replicas, less that of two single ones."""
     return _agreement(replicas, len(replicas) // 2) - _agreement(replicas, 1)
@@ -151,7 +161,7 @@ def _claims(study: Study, figure: str) -> list[Claim]:
     judge = functools.partial(
         statistics.judge,
         figure=figure,
-        seeds=scores.replicas,
+        seeds=scores.draws.seeds,
         scale=data_diet.scale(scores.run),
         unit="Spearman",
     )
@@ -173,10 +183,10 @@ def _claims(study: Study, figure: str) -> list[Claim]:
             judge(study.correlation(el2n, late), paper=PAPER, statement=SOON, at_least=0.9,
                   quantity=f"Spearman({el2n.label}, {late.label})")
         )  # fmt: skip
-    helped = statistics.jackknife(_helped, scores.hard(el2n))
+    helped = scores.draws.estimate(lambda some, _: _helped(some), scores.hard(el2n))
     claims.append(judge(helped, paper=PAPER, statement=AVERAGE, at_least=0.03,
                         quantity=f"Spearman({el2n.label}, itself), "
-                        f"{scores.replicas // 2} runs each - one each"))  # fmt: skip
+                        f"{scores.draws.count // 2} runs each - one each"))  # fmt: skip
     nothing = data_diet_scores.size(study.correlation(init, el2n))
     return [
         *claims,
@@ -192,12 +202,12 @@ def _panel_matrix(fig: Figure, axes: Axes, study: Study) -> list[dict[str, Any]]
     """The lower triangle, numbers in the cells, the scale in the empty corner."""
     drawing.letter(axes, "a", "Spearman of two scores")
     scores, names = study.scores, study.names
-    ranks = _standard(np.stack([scores.average(name) for name in names]))
-    rho = ranks @ ranks.T
-    half = scores.replicas // 2
+    each = [_standard(means) for means in scores.averages(*names)]
+    rho = np.mean([ranks @ ranks.T for ranks in each], axis=0)
+    half = scores.draws.count // 2
     for i, name in enumerate(names):
         certain = len(scores.hard(name)) == 1
-        rho[i, i] = math.nan if certain else _agreement(scores.hard(name), half)
+        rho[i, i] = math.nan if certain else _halves(scores.hard(name), half, scores.draws)
     shown = np.where(np.tri(len(names), dtype=bool), rho, np.nan)
     image = axes.pcolormesh(shown, cmap=COLORS, vmin=-1, vmax=1, edgecolors="white", lw=0.4)
     table = []
@@ -208,7 +218,7 @@ def _panel_matrix(fig: Figure, axes: Axes, study: Study) -> list[dict[str, Any]]
                   color=color, ha="center", va="center")  # fmt: skip
         series = f"{names[i].label} ~ {names[j].label}"
         e = Estimate(float(shown[i, j]), math.nan, math.nan)
-        table.append(reading.row("a", series, None, e, scores.replicas))
+        table.append(reading.row("a", series, None, e, scores.draws.seeds))
     places = np.arange(len(names)) + 0.5
     axes.set_xticks(places, [name.label for name in names], rotation=45, ha="right",
                     rotation_mode="anchor")  # fmt: skip
@@ -245,7 +255,7 @@ def _panel_runs(axes: Axes, study: Study) -> list[dict[str, Any]]:
     for look, (name, found) in zip(looks, study.agreement.items(), strict=False):
         counts = list(found)
         _line(axes, counts, list(found.values()), look, name.label)
-        rows = [reading.row("b", name.label, k, e, study.scores.replicas)
+        rows = [reading.row("b", name.label, k, e, study.scores.draws.seeds)
                 for k, e in found.items()]  # fmt: skip
         table += rows
     axes.set_xscale("log")
@@ -271,10 +281,11 @@ def _line(axes: Axes, x: list[int], found: list[Estimate], look: Look, name: str
 
 
 def _caption(study: Study) -> str:
-    scores = study.scores
+    scores, draws = study.scores, study.scores.draws
+    over = "runs" if draws.alike else f"{reading.count(draws.seeds, 'draw')} of labels and runs"
     return (
         f"{data_diet.scale(scores.run)}. Scores after @ epochs of {scores.last:g}, high is hard in "
-        f"all. (a) Averaged over {reading.count(scores.replicas, 'run')}; bold: half of the runs "
-        "against the other half. (b) Averages over two sets of runs; bands: 95 % intervals over "
-        "runs."
+        f"all. (a) Averaged over {reading.count(draws.count, 'run')}; bold: half of the runs "
+        f"against the other half. (b) Averages over two sets of runs; bands: 95 % intervals over "
+        f"{over}, on one split."
     )

@@ -4,7 +4,8 @@ For each class, as labelled, (a) the training examples of highest EL2N and (b) t
 their score. A wrong label has a frame and its true class in the corner.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075; the scores are averaged over runs.
-Intervals choose the examples again from the scores of all runs but one.
+Intervals choose the examples again from the scores of all runs but one; where labels are wrong,
+from the labels and the runs of each draw. The first draw is shown.
 """
 
 import functools
@@ -50,21 +51,27 @@ class Study(NamedTuple):
 
     scores: Scores
     el2n: np.ndarray  # f64[R, N]
-    labels: np.ndarray  # i64[N]: trained on
+    labels: np.ndarray  # i64[D, N]: trained on in each draw
     clean: list[int]  # [N]: true
-    wrong: np.ndarray  # bool[N]
+    wrong: np.ndarray  # bool[D, N]
     shown: np.ndarray  # i64[2, C, S]: rows of the hardest and of the easiest
     images: np.ndarray  # [2, C, S, H, W] or [2, C, S, H, W, 3], 0..1
 
-    def extremes(self, hardness: np.ndarray) -> np.ndarray:
+    @property
+    def mean(self) -> np.ndarray:
+        """f64[N]: EL2N averaged over the runs on the labels of the first draw."""
+        return average(self.el2n[self.scores.draws.first])
+
+    def extremes(self, hardness: np.ndarray, draw: int) -> np.ndarray:
         """i64[2, C, S] rows at both ends of a score, as the experiment chooses them."""
         order, count = np.argsort(hardness, kind="stable"), self.shown.shape[2]
-        classes = [order[self.labels[order] == c] for c in range(self.shown.shape[1])]
+        labels = self.labels[draw][order]
+        classes = [order[labels == c] for c in range(self.shown.shape[1])]
         return np.array([[c[::-1][:count] for c in classes], [c[:count] for c in classes]])
 
-    def apart(self, values: np.ndarray, hardness: np.ndarray) -> float:
+    def apart(self, values: np.ndarray, hardness: np.ndarray, draw: int) -> float:
         """How much larger the mean of ``values`` is at the hard end than at the easy one."""
-        hardest, easiest = self.extremes(hardness)
+        hardest, easiest = self.extremes(hardness, draw)
         return float(values[hardest].mean() - values[easiest].mean())
 
 
@@ -110,10 +117,10 @@ def _study(runs: Sequence[record.Run]) -> Study:
         raise ValueError(f"{EXPERIMENT}: this figure is of one run, got {len(runs)}")
     run, where = runs[0], reading.where(runs[0])
     scores = data_diet_scores.read(run)
-    if scores.replicas < FEWEST:
+    if scores.draws.count < FEWEST:
         raise ValueError(
-            f"{where}: score.replicas must be >= {FEWEST} to compare halves of them, got "
-            f"{scores.replicas}"
+            f"{where}: score.replicas must be >= {FEWEST} to compare halves of the runs on the "
+            f"same labels, got {scores.draws.count}"
         )
     if "shown" not in run.arrays:
         raise ValueError(
@@ -122,7 +129,10 @@ def _study(runs: Sequence[record.Run]) -> Study:
         )
     n = len(reading.index(run))
     shown = reading.array(run, "shown", 3).astype(np.int64)
-    labels, clean = (reading.array(run, k, 1).astype(np.int64) for k in ("labels", "clean"))
+    labels, clean = (
+        reading.array(run, name, ndim).astype(np.int64)
+        for name, ndim in (("labels", 2), ("clean", 1))
+    )
     stored = run.arrays.get("shown_images")
     images = np.empty(0) if stored is None else stored.values
     color = images.ndim == 6 and images.shape[-1] == 3
@@ -135,10 +145,10 @@ def _study(runs: Sequence[record.Run]) -> Study:
     images = images.astype(np.float64)
     images = (images - min(images.min(), 0)) / (np.ptp(images) or 1.0)
     el2n = scores.hard(Score("el2n", scores.early))
-    wrong = data_diet_scores.flags(run)
+    wrong = data_diet_scores.flags(run, scores.draws)
     study = Study(scores, el2n, labels, clean.tolist(), wrong, shown, images)
-    mean = average(el2n)
-    if not np.allclose(mean[shown], mean[study.extremes(mean)]):  # ties may differ
+    mean = study.mean
+    if not np.allclose(mean[shown], mean[study.extremes(mean, 0)]):  # ties may differ
         raise ValueError(f"{where}: 'shown' are not the examples of extreme EL2N in each class")
     return study
 
@@ -152,12 +162,12 @@ def _claims(study: Study, figure: str) -> list[Claim]:
         statistics.judge,
         figure=figure,
         paper=PAPER,
-        seeds=scores.replicas,
+        seeds=scores.draws.seeds,
         scale=data_diet.scale(study.scores.run),
     )
-    wrong, norm = study.wrong.astype(np.float64), scores.average(Score("input_norm"))
-    half = scores.replicas // 2
-    agreed = statistics.jackknife(lambda some: _agreed(study, some), study.el2n)
+    wrong, norm = study.wrong.astype(np.float64), scores.hard(Score("input_norm"))[0]
+    half, estimate = scores.draws.count // 2, scores.draws.estimate
+    agreed = estimate(lambda some, d: _agreed(study, some, d), study.el2n)
     count = study.shown.shape[2]
     ends = f"{count} hardest - {count} easiest of each class"
     claims = [
@@ -165,10 +175,11 @@ def _claims(study: Study, figure: str) -> list[Claim]:
               quantity=f"{ends}, chosen by {half} runs, measured by {half} others")
     ]  # fmt: skip
     if wrong.any():
-        found = statistics.jackknife(lambda some: study.apart(wrong, average(some)), study.el2n)
-        found = data_diet_scores.clipped(found, -1.0, 1.0)
+        found = estimate(lambda some, d: study.apart(wrong[d], average(some), d), study.el2n)
+        found = data_diet.clipped(found, -1.0, 1.0)
         part = functools.partial(judge, unit="of the labels")
-        none = _certain(abs(study.apart(wrong, norm)))
+        none = estimate(lambda _, d: study.apart(wrong[d], norm, d), study.el2n)
+        none = data_diet_scores.size(none)
         claims = [
             part(found, statement=FOUND, quantity=f"wrong, {ends}", at_least=0.5),
             *claims,
@@ -176,8 +187,8 @@ def _claims(study: Study, figure: str) -> list[Claim]:
                  quantity=f"|wrong, {count} largest - {count} smallest inputs of each class|"),
         ]  # fmt: skip
         return claims
-    off = statistics.jackknife(lambda some: study.apart(average(some), norm), study.el2n)
-    marked = int(study.wrong[study.shown].sum())
+    off = estimate(lambda some, d: study.apart(average(some), norm, d), study.el2n)
+    marked = int(study.wrong[0][study.shown].sum())
     return [
         *claims,
         judge(data_diet_scores.size(off), kind="control", statement=NORM, unit="EL2N", at_most=0.15,
@@ -187,16 +198,16 @@ def _claims(study: Study, figure: str) -> list[Claim]:
     ]  # fmt: skip
 
 
-def _agreed(study: Study, replicas: np.ndarray) -> float:
+def _agreed(study: Study, replicas: np.ndarray, draw: int) -> float:
     """EL2N at the ends that one half of the replicas chooses, by the other half."""
     half = len(replicas) // 2
     sets = parts(replicas, half)
     pairs = zip(sets, np.roll(sets, -half, axis=0), strict=True)
-    return float(np.mean([study.apart(other, one) for one, other in pairs]))
+    return float(np.mean([study.apart(other, one, draw) for one, other in pairs]))
 
 
 def _certain(value: float) -> Estimate:
-    """A number that no run has a part in."""
+    """A number in which nothing that was drawn has a part."""
     return Estimate(value, value, value)
 
 
@@ -205,7 +216,7 @@ def _certain(value: float) -> Estimate:
 
 def _panel(axes: Axes, study: Study, end: int, wide: int, classes: int) -> None:
     """A block of images to a class; one unit is the side of an image."""
-    mean, names = average(study.el2n), _classes(study)
+    mean, names = study.mean, _classes(study)
     gray = study.images.ndim == 5
     for c in range(classes):
         left = c * (wide + GAP)
@@ -218,7 +229,7 @@ def _panel(axes: Axes, study: Study, end: int, wide: int, classes: int) -> None:
                         interpolation="nearest")  # fmt: skip
             axes.text(x + 0.5, y + 1.14, _number(float(mean[row])), fontsize=5.2, ha="center",
                       va="center", color="#333333")  # fmt: skip
-            true = names[study.clean[int(row)]] if study.wrong[row] else None
+            true = names[study.clean[int(row)]] if study.wrong[0][row] else None
             _frame(axes, x + 0.04, y + 0.04, 0.92, true)
 
 
@@ -246,14 +257,14 @@ def _classes(study: Study) -> list[str]:
 
 def _table(study: Study) -> list[dict[str, Any]]:
     """A row for each image: EL2N against the label, and the true class in the series."""
-    mean, index, names = average(study.el2n), reading.index(study.scores.run), _classes(study)
+    mean, index, names = study.mean, reading.index(study.scores.run), _classes(study)
     rows = []
     for end, c, s in np.ndindex(study.shown.shape):
         row = study.shown[end, c, s]
         series = f"true class {names[study.clean[int(row)]]}"
         e = Estimate(float(mean[row]), math.nan, math.nan)
         rows.append(
-            reading.row("ab"[end], series, names[c], e, study.scores.replicas)
+            reading.row("ab"[end], series, names[c], e, study.scores.draws.count)
             | {"index": int(index[row])}
         )
     return rows
@@ -264,7 +275,7 @@ def _caption(study: Study, classes: int) -> str:
     some = study.shown.shape[1]
     text = f"{data_diet.scale(study.scores.run)}. Under each image its EL2N after "
     text += f"{reading.count(scores.early, 'epoch')}, averaged over "
-    text += f"{reading.count(scores.replicas, 'run')}."
-    if study.wrong[study.shown[:, :classes]].any():
+    text += f"{reading.count(scores.draws.count, 'run')}."
+    if study.wrong[0][study.shown[:, :classes]].any():
         text += " Framed: the label is wrong; in the corner, the true class."
     return text + (f" The first {classes} of {some} classes." if classes < some else "")

@@ -1,12 +1,12 @@
 """Data Diet: how well the scores of examples find those whose labels are wrong.
 
 (a) The part of the wrong labels found against the part of the right ones suspected with them, when
-examples are taken from the hard end of a score averaged over runs. (b) The area under that curve
-against the epoch of the score. A row of panels for each fraction of wrong labels.
+examples are taken from the hard end of a score averaged over the runs of a draw. (b) The area under
+that curve against the epoch of the score. A row of panels for each fraction of wrong labels.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, section 4 on label noise; Pleiss et al.
-2020, arXiv 2001.10528, for AUM; Anand, Tan & Minakova 2023, arXiv 2311.16298, for VoG. Intervals
-are of the average over runs, by leaving out one run at a time.
+2020, arXiv 2001.10528, for AUM; Anand, Tan & Minakova 2023, arXiv 2311.16298, for VoG. Curves and
+areas are means over draws, each with wrong labels and scoring runs of its own; so are intervals.
 """
 
 import functools
@@ -63,14 +63,14 @@ class Study(NamedTuple):
     """What is drawn of a run, checked."""
 
     scores: Scores
-    wrong: np.ndarray  # bool[N]
+    wrong: np.ndarray  # bool[D, N]
     names: dict[str, list[Score]]  # those of a kind, by epoch
-    single: np.ndarray  # f64[R]: the area for early EL2N of each run alone
+    single: np.ndarray  # f64[D]: the area for early EL2N of a run alone, averaged over a draw's
 
     def auc(self, score: Score) -> Estimate:
-        """The area under the curve of the average over runs."""
-        found = self.scores.estimate(lambda mean: statistics.auc(mean[0], self.wrong), score)
-        return data_diet_scores.clipped(found, 0.0, 1.0)
+        """The area under the curve of the average over a draw's runs; its mean over draws."""
+        found = self.scores.estimate(lambda mean, d: statistics.auc(mean[0], self.wrong[d]), score)
+        return data_diet.clipped(found, 0.0, 1.0)
 
 
 def draw(
@@ -121,11 +121,12 @@ def _studies(runs: Sequence[record.Run]) -> list[Study]:
 
 def _study(run: record.Run) -> Study:
     """Everything the figure needs from the run, or one ValueError that says what it lacks."""
-    scores, wrong = data_diet_scores.read(run), data_diet_scores.flags(run)
-    if wrong.all() or not wrong.any():
+    scores = data_diet_scores.read(run)
+    wrong = data_diet_scores.flags(run, scores.draws)
+    if wrong.all(axis=1).any() or not wrong.any(axis=1).all():
         raise ValueError(
-            f"{reading.where(run)}: some of its labels must be wrong and some right, got "
-            f"{int(wrong.sum())} wrong of {len(wrong)}"
+            f"{reading.where(run)}: some of the labels of every draw must be wrong and some right, "
+            f"got {wrong.sum(axis=1).tolist()} wrong of {wrong.shape[1]}"
         )
     names = {}
     for kind in LOOKS:
@@ -154,7 +155,7 @@ def _single(run: record.Run, scores: Scores) -> np.ndarray:
             f"{reading.where(run)} must have a row of auc in [0, 1] for el2n at epoch "
             f"{scores.early:g} and each of {scores.replicas} replicas, got {values.tolist()}"
         )
-    return values
+    return np.array([values[mine].mean() for mine in scores.draws.runs])
 
 
 # Measuring
@@ -165,14 +166,14 @@ def _claims(study: Study, figure: str) -> list[Claim]:
     judge = functools.partial(
         statistics.judge,
         figure=figure,
-        seeds=scores.replicas,
+        seeds=scores.draws.seeds,
         scale=data_diet.scale(scores.run),
         unit="AUC",
     )
     early = f"after {reading.count(scores.early, 'epoch')}"
     late = f"after {reading.count(scores.last, 'epoch')}"
     el2n, aum = Score("el2n", scores.early), Score("aum", scores.last)
-    average = f"averaged over {reading.count(scores.replicas, 'run')}"
+    average = f"averaged over {reading.count(scores.draws.count, 'run')}"
     claims = [
         judge(study.auc(el2n), paper=PAPER, statement=EARLY, at_least=0.98,
               quantity=f"AUC of EL2N {early}, {average}"),
@@ -211,19 +212,20 @@ def _curves(study: Study) -> dict[Score, tuple[str, Look]]:
 def _panel_roc(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
     """Logarithmic in the false alarms, where good detectors differ."""
     drawing.letter(axes, panel, data_diet.labels(study.scores.run))
-    wrong = study.wrong
-    fewest = 1 / int((~wrong).sum())
+    fewest = 1 / int((~study.wrong).sum(axis=1).max())
     grid = np.geomspace(fewest, 1, 200)
     table = []
     for score, (label, look) in _curves(study).items():
-        mean = study.scores.average(score)
-        suspected, found = roc(mean, wrong)
-        y = np.interp(grid, suspected, found)
+        each = [
+            np.interp(grid, *roc(mean[0], wrong))
+            for mean, wrong in zip(study.scores.averages(score), study.wrong, strict=True)
+        ]
+        y = np.mean(each, axis=0)
         axes.plot(grid, y, look.line, color=look.color, marker=look.marker, lw=0.9,
                   markevery=(0.07, 0.22), label=label, zorder=3)  # fmt: skip
         table += [
             {"panel": panel, "series": label, "x": float(a), "y": float(b),
-             "seeds": study.scores.replicas} for a, b in zip(grid, y, strict=True)
+             "seeds": study.scores.draws.seeds} for a, b in zip(grid, y, strict=True)
         ]  # fmt: skip
     axes.plot(grid, grid, color="#BBBBBB", lw=0.8, zorder=1)
     axes.set_xscale("log")
@@ -266,7 +268,7 @@ def _panel_epochs(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
         axes.plot(x, mean, look.line, color=look.color, marker=look.marker, lw=0.9, zorder=3)
         if np.isfinite(np.array(found)).all() and len(x) > 1:
             axes.fill_between(x, low, high, color=look.color, alpha=0.18, lw=0)
-        seeds = study.scores.replicas
+        seeds = study.scores.draws.seeds
         table += [reading.row(panel, label, at, e, seeds) for at, e in zip(x, found, strict=True)]
     axes.axhline(0.5, color="#BBBBBB", lw=0.8, zorder=1)
     axes.axvline(study.scores.early, color="#BBBBBB", lw=0.6, ls=(0, (2, 2)), zorder=1)
@@ -287,11 +289,11 @@ def _panel_epochs(axes: Axes, panel: str, study: Study) -> list[dict[str, Any]]:
 
 def _caption(studies: Sequence[Study]) -> str:
     scores = studies[0].scores
-    runs = reading.count(scores.replicas, "run")
+    draws = data_diet.varied(scores.run, scores.draws.seeds, 1.0, "draw")
     return (
-        f"{data_diet.scale(scores.run, noise=False)}. Scores averaged over {runs} of "
-        f"{reading.count(scores.last, 'epoch')}; left, after {scores.early:g} (dashed on the "
-        "right), false alarms logarithmic; right, bands: 95 % intervals over runs. TracIn sums "
-        "over all epochs. "
+        f"{data_diet.scale(scores.run, noise=False)}. Means of {draws}; scores averaged over a "
+        f"draw's runs of {reading.count(scores.last, 'epoch')}; left, after {scores.early:g} "
+        "(dashed on the right), false alarms logarithmic; right, bands: 95 % intervals over draws. "
+        "TracIn sums over all epochs. "
         "Grey: chance. Forgetting: never learned counts as hardest."
     )

@@ -6,8 +6,9 @@ against GraNd, and (d) GraNd at initialisation against the norm of the input: ea
 plane coloured by the number of training examples there.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, figure 1 (second row), on our data and
-model; bands are 95 % intervals of the mean over replicas, where the paper's are the 16th to 84th
-percentile of the runs. Kirsch 2023, arXiv 2303.14753, for GraNd at initialisation.
+model; bands are 95 % intervals of the mean over replicas, each of which chooses by scoring runs
+of its own, where the paper's are the 16th to 84th percentile of the runs. Kirsch 2023, arXiv
+2303.14753, for GraNd at initialisation.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from dynamics import record
 from dynamics.statistics import Claim, Estimate, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import KIRSCH, said
+from paper_figures.data_diet import KIRSCH, Draws, said
 from paper_figures.reading import Cells, Key, count, minus, percent, row
 
 EXPERIMENT = "data_diet"
@@ -86,6 +87,8 @@ class Study(NamedTuple):
     methods: tuple[str, ...]  # all but random and full
     fractions: tuple[float, ...]  # kept, rising
     scores: dict[str, np.ndarray]  # f64[R, N]; f64[1, N] for the input norm
+    draws: Draws  # of the scores
+    seeds: str  # what differs between those of (a, b)
     index: np.ndarray  # i64[N]
     noise: float  # the fraction of training labels that are wrong
     scored_at: float  # the epoch of el2n and grand
@@ -171,6 +174,8 @@ def _study(run: record.Run) -> Study:
         methods=tuple(m for m in METHODS if m in asked and m != "random"),
         fractions=fractions,
         scores=scores,
+        draws=data_diet.draws(run),
+        seeds=data_diet.varied(run, accuracy.replicas, reading.number(run, "noise")),
         index=reading.index(run),
         noise=reading.number(run, "noise"),
         scored_at=reading.number(run, "study", "scored_at"),
@@ -184,9 +189,10 @@ def _study(run: record.Run) -> Study:
 
 
 def _correlations(study: Study) -> dict[tuple[str, str], Estimate]:
-    """Spearman of each pair of scores; the interval is over scoring replicas."""
+    """Spearman of each pair of scores; the interval is over scoring runs, or draws of them."""
     return {
-        (x, y): data_diet.correlation(study.scores[y], study.scores[x]) for x, y in study.correlated
+        (x, y): data_diet.correlation(study.scores[y], study.scores[x], study.draws)
+        for x, y in study.correlated
     }
 
 
@@ -195,7 +201,7 @@ def _claims(study: Study, rhos: Mapping[tuple[str, str], Estimate], figure: str)
     at = f"at {percent(fraction)} kept"
     at += f" (nearest to {percent(KEPT)})" if fraction != KEPT else ""
     points = reading.judging(figure, study.scale, study.accuracy.replicas)
-    rank = reading.judging(figure, study.scale, len(study.scores["el2n"]), "Spearman")
+    rank = reading.judging(figure, study.scale, study.draws.seeds, "Spearman")
     claims = []
     if "el2n_hard" in study.methods:
         found, quantity = study.difference("el2n_hard", fraction), f"hard - random {at}"
@@ -275,7 +281,11 @@ def _panel_scores(
 ) -> list[dict[str, Any]]:
     """Counts of examples, on logarithmic axes where both scores are skewed and positive."""
     drawing.letter(axes, panel, minus(f"Spearman {rho.mean:.3f}"))
-    x, y = study.scores[x_name].mean(axis=0), study.scores[y_name].mean(axis=0)
+    whole, first = len(study.scores["el2n"]), study.draws.first
+    x, y = (
+        np.broadcast_to(study.scores[name], (whole, len(study.index)))[first].mean(axis=0)
+        for name in (x_name, y_name)
+    )
     scale = "log" if panel == "c" and x.min() > 0 and y.min() > 0 else "linear"
     # 26 by 9: hexagons that are regular in a panel of this shape. One example is a visible blue.
     axes.hexbin(x, y, xscale=scale, yscale=scale, gridsize=(26, 9), mincnt=1, cmap="Blues",
@@ -294,10 +304,10 @@ def _panel_scores(
 
 
 def _caption(study: Study) -> str:
-    seeds, scorings = study.accuracy.replicas, len(study.scores["el2n"])
+    seeds, scorings = study.accuracy.replicas, study.draws.count
     intervals = "bands and bars are 95 % intervals of the mean" if seeds > 1 else "no intervals"
     return (
-        f"{study.scale}. (a, b) {count(seeds, 'paired seed')}, {count(study.trained, 'epoch')}; "
+        f"{study.scale}. (a, b) {count(study.trained, 'epoch')}; {study.seeds}; "
         f"{intervals}; (b) is logarithmic beyond ±1. (c, d) Darker: more examples; scores averaged "
         f"over {count(scorings, 'run')}, EL2N and GraNd after {count(study.scored_at, 'epoch')}."
         f"{study.notes}{data_diet.BEREFT if study.bereft else ''}"

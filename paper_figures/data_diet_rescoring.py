@@ -115,7 +115,7 @@ def draw(
             rows += _panel_end(places[i, 2], letters[2], study)
         fig.align_ylabels(places[:, 0])
         panels.legend(fig, places[0, 0])
-        drawing.caption(fig, _caption(runs[0], studies[0]))
+        drawing.caption(fig, _caption(runs[0], studies))
         paths = drawing.save(
             *(fig, folder, name),
             table=reading.table(rows),
@@ -242,12 +242,14 @@ def _panel_end(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _caption(run: record.Run, study: Study) -> str:
-    seeds = study.accuracy.replicas
+def _caption(run: record.Run, studies: Sequence[Study]) -> str:
+    study, seeds = studies[0], studies[0].accuracy.replicas
+    own = ", each with wrong labels of its own" if any(s.noise for s in studies) else ""
     intervals = "bands and bars are 95 % intervals of the mean" if seeds > 1 else "no intervals"
     return (
         f"{data_diet.scale(run, noise=False)}. {percent(study.kept)} of the examples kept after "
         f"{count(study.epochs[0], 'epoch')} on all: once, or again every "
         f"{count(study.every, 'epoch')}; hardest by the network's own EL2N. Middle: the part of "
-        f"each choice that was in the one before. {count(seeds, 'paired seed')}; {intervals}."
+        f"each choice that was in the one before. {count(seeds, 'paired seed')}{own}, on one "
+        f"split; {intervals}."
     )

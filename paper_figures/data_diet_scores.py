@@ -8,6 +8,7 @@ import numpy as np
 from dynamics import record, statistics
 from dynamics.statistics import Estimate
 from paper_figures import data_diet, reading
+from paper_figures.data_diet import Draws
 
 LABELS = {  # as the arrays name them -> as the reader sees them
     "el2n": "EL2N",
@@ -46,6 +47,7 @@ class Scores(NamedTuple):
     early: float  # the epoch that the study says
     epochs: tuple[float, ...]  # rising; the last ends the scoring runs
     replicas: int
+    draws: Draws
 
     @property
     def last(self) -> float:
@@ -76,15 +78,20 @@ class Scores(NamedTuple):
             )
         return -found if kind in LOW else found
 
-    def average(self, score: Score) -> np.ndarray:
-        """f64[N]: the hardness of each example, averaged over replicas."""
-        return average(self.hard(score))
+    def averages(self, *some: Score) -> list[np.ndarray]:
+        """f64[scores, N] each: averages over the runs on the same labels, of all or each draw."""
+        return self.draws.each(lambda mine, _: average(mine), self._together(*some))  # pyright: ignore
 
-    def estimate(self, statistic: Callable[[np.ndarray], float], *some: Score) -> Estimate:
-        """A statistic of f64[scores, N], averages over replicas; its interval is over replicas."""
+    def estimate(self, statistic: Callable[[np.ndarray, int], float], *some: Score) -> Estimate:
+        """A statistic of (averages f64[scores, N], their draw); its interval is ``draws``'."""
+        return self.draws.estimate(
+            lambda mine, draw: statistic(average(mine), draw), self._together(*some)
+        )
+
+    def _together(self, *some: Score) -> np.ndarray:
+        """f64[R, scores, N]."""
         found = [self.hard(score) for score in some]
-        whole = np.stack([np.broadcast_to(f, (self.replicas, f.shape[1])) for f in found], axis=1)
-        return statistics.jackknife(lambda some: statistic(average(some)), whole)
+        return np.stack([np.broadcast_to(f, (self.replicas, f.shape[1])) for f in found], axis=1)
 
 
 def read(run: record.Run) -> Scores:
@@ -95,7 +102,13 @@ def read(run: record.Run) -> Scores:
     early = reading.number(run, "study", "scored_at")
     el2n = reading.array(run, "el2n", 2, epoch=early)
     data_diet.check(run, {"el2n": el2n})
-    return Scores(run, early, tuple(sorted(float(e) for e in epochs)), len(el2n))
+    draws = data_diet.draws(run)
+    if sum(map(len, draws.runs)) != len(el2n):
+        raise ValueError(
+            f"{reading.where(run)}: frame 'scored' must have a row for each of {len(el2n)} "
+            f"replicas, got {sum(map(len, draws.runs))}"
+        )
+    return Scores(run, early, tuple(sorted(float(e) for e in epochs)), len(el2n), draws)
 
 
 def average(replicas: np.ndarray) -> np.ndarray:
@@ -113,21 +126,15 @@ def parts(replicas: np.ndarray, count: int) -> np.ndarray:
     return np.stack([average(turned[i : i + count]) for i in range(len(replicas))])
 
 
-def flags(run: record.Run, name: str = "mislabelled") -> np.ndarray:
-    """bool[N]: the examples whose labels are wrong."""
-    stored, count = run.arrays.get(name), len(reading.index(run))
+def flags(run: record.Run, draws: Draws, name: str = "mislabelled") -> np.ndarray:
+    """bool[D, N]: the examples whose labels are wrong in each draw."""
+    stored, shape = run.arrays.get(name), (len(draws.runs), len(reading.index(run)))
     found = None if stored is None else stored.values
-    if found is None or found.dtype != bool or found.shape != (count,):
+    if found is None or found.dtype != bool or found.shape != shape:
         got = "none" if found is None else f"{found.dtype} of shape {found.shape}"
-        raise ValueError(f"{reading.where(run)}: array {name!r} must be bool[{count}], got {got}")
+        wanted = f"bool[{shape[0]}, {shape[1]}]"
+        raise ValueError(f"{reading.where(run)}: array {name!r} must be {wanted}, got {got}")
     return found
-
-
-def clipped(estimate: Estimate, low: float, high: float) -> Estimate:
-    """An interval that cannot leave a range; one without ends is left alone."""
-    if not np.isfinite(estimate.low):
-        return estimate
-    return Estimate(estimate.mean, max(estimate.low, low), min(estimate.high, high))
 
 
 def size(estimate: Estimate) -> Estimate:

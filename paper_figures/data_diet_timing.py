@@ -5,8 +5,9 @@ which they were scored; beside as many random examples, and all. Below: the diff
 examples within pairs of runs. A column for each level of label noise.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, figure 1 (first row), on our data and
-model; bands are 95 % intervals of the mean over replicas, where the paper's are the 16th to 84th
-percentile of the runs. Kirsch 2023, arXiv 2303.14753, for GraNd at initialisation.
+model; bands are 95 % intervals of the mean over replicas, each of which chooses by scoring runs
+of its own, where the paper's are the 16th to 84th percentile of the runs. Kirsch 2023, arXiv
+2303.14753, for GraNd at initialisation.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,7 +69,6 @@ class Study(NamedTuple):
     epochs: dict[str, tuple[float, ...]]  # of each method, at which it was scored, rising
     kept: float
     noise: float
-    scorings: int  # replicas that scores are averaged over
     trained: float  # epochs of every run
     labels: str
     scale: Scale
@@ -135,7 +135,6 @@ def _study(run: record.Run) -> Study:
         epochs=epochs,
         kept=reading.number(run, "study", "kept"),
         noise=reading.number(run, "noise"),
-        scorings=int(reading.number(run, "score", "replicas")),
         trained=reading.number(run, "study", "epochs"),
         labels=data_diet.labels(run),
         scale=data_diet.scale(run),
@@ -229,8 +228,8 @@ def _caption(run: record.Run, studies: Sequence[Study]) -> str:
     lost = data_diet.BEREFT if any(s.bereft for s in studies) else ""
     intervals = "bands and bars are 95 % intervals of the mean" if seeds > 1 else "no intervals"
     return (
-        f"{data_diet.scale(run, noise=False)}. {percent(study.kept)} of the examples kept, by "
-        f"scores averaged over {count(study.scorings, 'run')}; retrained for "
-        f"{count(study.trained, 'epoch')}, {count(seeds, 'paired seed')}; {intervals}. Below: "
+        f"{data_diet.scale(run, noise=False)}. {percent(study.kept)} of the examples kept by "
+        f"averaged scores; retrained for {count(study.trained, 'epoch')}; "
+        f"{data_diet.varied(run, seeds, max(s.noise for s in studies))}; {intervals}. Below: "
         f"logarithmic beyond ±1.{lost}"
     )

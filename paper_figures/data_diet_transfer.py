@@ -9,6 +9,7 @@ Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, abstract (scores tr
 architectures and settings), on our data and models.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import ascii_lowercase
@@ -21,7 +22,7 @@ from dynamics import record
 from dynamics.statistics import Claim, Estimate, Paired, Scale
 from paper_figures import data_diet, panels, reading
 from paper_figures import draw as drawing
-from paper_figures.data_diet import OURS, said
+from paper_figures.data_diet import OURS, Draws, said
 from paper_figures.reading import Cells, count, minus, percent, row
 
 EXPERIMENT = "data_diet"
@@ -59,6 +60,7 @@ class Study(NamedTuple):
 
     accuracy: Cells  # by target and source, in percent
     scores: dict[str, np.ndarray]  # f64[R, N] of each setting
+    draws: Draws  # of the scores
     names: dict[str, str]  # of each setting, as the reader sees it
     kept: float
     noise: float
@@ -74,11 +76,18 @@ class Study(NamedTuple):
     def ranks(self, a: str, b: str) -> Estimate:
         """Spearman between the averaged scores of two settings; of one, between its halves."""
         if a != b:
-            return data_diet.correlation(self.scores[a], self.scores[b])
-        half = len(self.scores[a]) // 2
-        if not half:
+            return data_diet.correlation(self.scores[a], self.scores[b], self.draws)
+        if self.draws.count < 2:
             return Estimate(np.nan, -np.inf, np.inf)
-        return data_diet.correlation(self.scores[a][:half], self.scores[a][half : 2 * half])
+        half = [mine[: len(mine) // 2] for mine in self._same()]
+        other = [mine[len(mine) // 2 : 2 * (len(mine) // 2)] for mine in self._same()]
+        places = np.cumsum([0, *map(len, half)])
+        both = [np.arange(*ends) for ends in itertools.pairwise(places)]
+        one, two = (self.scores[a][np.concatenate(part)] for part in (half, other))
+        return data_diet.correlation(one, two, Draws(both, self.draws.alike))
+
+    def _same(self) -> list[np.ndarray]:
+        return [self.draws.first] if self.draws.alike else self.draws.runs
 
 
 def draw(
@@ -100,7 +109,7 @@ def draw(
             rows += _panel_ranks(places[i, 1], right, study)
         fig.align_ylabels(places[:, 0])
         panels.legend(fig, places[0, 0])
-        drawing.caption(fig, _caption(runs[0], studies[0]))
+        drawing.caption(fig, _caption(runs[0], studies))
         paths = drawing.save(
             *(fig, folder, name),
             table=reading.table(rows),
@@ -129,6 +138,7 @@ def _study(run: record.Run) -> Study:
     return Study(
         accuracy=accuracy,
         scores=dict(zip(SETTINGS, found, strict=True)),
+        draws=data_diet.draws(run),
         names={
             "own": f"{model}, rate {rate:g}",
             "model": f"{other}, rate {rate:g}",
@@ -145,7 +155,7 @@ def _study(run: record.Run) -> Study:
 
 def _claims(study: Study, figure: str) -> list[Claim]:
     points = reading.judging(figure, study.scale, study.accuracy.replicas)
-    rank = reading.judging(figure, study.scale, len(study.scores["own"]), "Spearman")
+    rank = reading.judging(figure, study.scale, study.draws.seeds, "Spearman")
     at = f"at {percent(study.kept)} kept"
     claims = []
     for thing, pairs in FOREIGN.items():
@@ -204,7 +214,7 @@ def _panel_ranks(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
         for j, e in enumerate(line):
             axes.text(j, i, minus(f"{e.mean:.3f}"), ha="center", va="center", fontsize=7)
             series = f"{study.names[names[i]]} and {study.names[names[j]]}"
-            rows.append(row(letter, series, None, e, len(study.scores["own"])))
+            rows.append(row(letter, series, None, e, study.draws.seeds))
     axes.set_xticks(range(len(names)), [LETTERS[name] for name in names])
     axes.set_yticks(range(len(names)), [LETTERS[name] for name in names])
     axes.tick_params(length=0)
@@ -212,12 +222,15 @@ def _panel_ranks(axes: Axes, letter: str, study: Study) -> list[dict[str, Any]]:
     return rows
 
 
-def _caption(run: record.Run, study: Study) -> str:
-    seeds, scorings = study.accuracy.replicas, len(study.scores["own"])
+def _caption(run: record.Run, studies: Sequence[Study]) -> str:
+    study = studies[0]
+    seeds, noise = study.accuracy.replicas, max(s.noise for s in studies)
+    scorings = dict.fromkeys(s.draws.count for s in studies)
     intervals = "bars are 95 % intervals of the mean" if seeds > 1 else "no intervals"
     return (
         f"{data_diet.scale(run, noise=False, net=False)}. Left: each of A, B, C trained for "
         f"{count(study.trained, 'epoch')} on the {percent(study.kept)} hardest by EL2N of each "
-        f"after {count(study.scored_at, 'epoch')}; {count(seeds, 'paired seed')}; {intervals}. "
-        f"Right: scores averaged over {count(scorings, 'run')}; diagonal: between halves of them."
+        f"after {count(study.scored_at, 'epoch')}; {data_diet.varied(run, seeds, noise)}; "
+        f"{intervals}. Right: scores averaged over {' or '.join(map(str, scorings))} runs on the "
+        "same labels; diagonal: between halves of them."
     )

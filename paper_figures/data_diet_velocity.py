@@ -47,7 +47,7 @@ class Study(NamedTuple):
     velocity: np.ndarray  # f64[epochs, groups, R], above 0
     epochs: tuple[int, ...]
     ranks: tuple[float, ...]  # of the groups' middles in EL2N, 0..1, rising
-    wrong: np.ndarray  # f64[groups]: the part whose labels are wrong
+    wrong: np.ndarray  # f64[groups]: the part whose labels are wrong, averaged over runs
     control: np.ndarray  # f64[2, R]: logarithms for the ends of a random order, over all epochs
     run: record.Run
 
@@ -123,12 +123,12 @@ def _study(run: record.Run) -> Study:
     velocity = np.array([[cells.of(rank, epoch) for rank in ranks] for epoch in epochs])
     if not (velocity > 0).all():
         raise ValueError(f"{where}: velocity must be above 0 to compare its sizes")
-    parts: dict[float, set[float]] = {}
+    parts: dict[float, list[float]] = {}
     for rank, part in reading.columns(run, "rank", "mislabelled", rows=by_order["el2n"]):
-        parts.setdefault(round(float(rank), 6), set()).add(float(part))
-    wrong = np.array([max(parts[rank]) for rank in ranks])
-    if any(len(found) > 1 for found in parts.values()) or not ((wrong >= 0) & (wrong <= 1)).all():
-        raise ValueError(f"{where}: mislabelled must be one part in [0, 1] for each group")
+        parts.setdefault(round(float(rank), 6), []).append(float(part))
+    wrong = np.array([np.mean(parts[rank]) for rank in ranks])  # each replica has its own
+    if not ((wrong >= 0) & (wrong <= 1)).all():
+        raise ValueError(f"{where}: mislabelled must be a part in [0, 1] for each group")
     if not (wrong < 0.5).any() or wrong[0] >= 0.5:
         raise ValueError(f"{where}: the group of lowest EL2N must have right labels")
     cells = reading.cells(run, "rank", "epoch", rows=by_order["random"], **options)
@@ -249,8 +249,11 @@ def _caption(studies: Sequence[Study]) -> str:
     config = functools.partial(reading.number, study.run, "study")
     seeds = study.velocity.shape[2]
     bands = "; bands: 95 % intervals" if seeds > 1 else ", no intervals"
-    text = f"{data_diet.scale(study.run, noise=False)}; {reading.count(seeds, 'run')} of "
-    text += f"{reading.count(config('epochs'), 'epoch')}{bands}. Groups of "
+    noise = max(float(s.wrong.max()) for s in studies)
+    text = (
+        f"{data_diet.scale(study.run, noise=False)}; {reading.count(config('epochs'), 'epoch')}; "
+    )
+    text += f"{data_diet.varied(study.run, seeds, noise, 'run')}{bands}. Groups of "
     text += f"{config('examples'):g} examples by EL2N at epoch {config('scored_at'):g}; how far "
     text += "their kernel turns over the epoch that ends there; below, as a multiple of the lowest "
     text += "group's in the same run."

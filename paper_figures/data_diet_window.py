@@ -6,7 +6,8 @@ each level of label noise.
 
 Reference: Paul, Ganguli & Dziugaite 2021, arXiv 2107.07075, figure 2, on our data and model. The
 paper's axis is the number of easiest examples below the window (the axis above); bands are 95 %
-intervals of the mean over replicas, where the paper's are the 16th to 84th percentile of the runs.
+intervals of the mean over replicas, each of which chooses by scoring runs of its own, where the
+paper's are the 16th to 84th percentile of the runs.
 """
 
 from collections.abc import Callable, Sequence
@@ -201,6 +202,6 @@ def _caption(run: record.Run, studies: Sequence[Study]) -> str:
     return (
         f"{data_diet.scale(run, noise=False)}. {percent(study.kept)} of the examples kept in the "
         f"order of EL2N after {count(study.scored_at, 'epoch')}, between those left out at either "
-        f"end; retrained for {count(study.trained, 'epoch')}, {count(seeds, 'paired seed')}; "
-        f"{intervals}.{wrong}{lost}"
+        f"end; retrained for {count(study.trained, 'epoch')}; "
+        f"{data_diet.varied(run, seeds, max(s.noise for s in studies))}; {intervals}.{wrong}{lost}"
     )

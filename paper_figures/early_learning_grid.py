@@ -150,7 +150,7 @@ def _panel(axes: Axes, letter: str, text: str, study: Study, cells: Cells) -> li
 def _caption(study: Study) -> str:
     seeds = study.accuracy.replicas
     return (
-        f"{study.scale}. Means of {reading.count(seeds, 'paired seed')}, the last of "
-        f"{reading.count(study.epochs, 'epoch')}. Dashed: lambda = 2, up to which memorising is "
-        "only delayed."
+        f"{study.scale}. Means of {reading.count(seeds, 'paired seed')}, each with wrong labels of "
+        f"its own, on one split; the last of {reading.count(study.epochs, 'epoch')}. "
+        "Dashed: lambda = 2, up to which memorising is only delayed."
     )

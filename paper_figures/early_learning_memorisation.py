@@ -225,7 +225,8 @@ def _epochs(axes: Axes, letter: str, note: str) -> None:
 
 def _caption(study: Study) -> str:
     return (
-        f"{study.scale}. {reading.count(study.seeds, 'paired seed')}; ELR: lambda "
+        f"{study.scale}. {reading.count(study.seeds, 'paired seed')}, each with wrong labels of "
+        f"its own, on one split; ELR: lambda "
         f"{study.strength:g}, beta {study.beta:g}. Evaluation mode, unaugmented inputs."
         + (" Bands are 95 % intervals of the mean." if study.seeds > 1 else " No intervals.")
     )

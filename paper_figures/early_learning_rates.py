@@ -163,8 +163,8 @@ def _panel(
 def _caption(study: Study) -> str:
     seeds = study.accuracy.replicas
     return (
-        f"{study.scale}. {reading.count(seeds, 'paired seed')}, the last of "
-        f"{reading.count(study.epochs, 'epoch')}; ELR and ELR+: lambda {study.strength:g}, "
-        f"beta {study.beta:g}."
+        f"{study.scale}. {reading.count(seeds, 'paired seed')}, each with wrong labels of its own, "
+        f"on one split; the last of {reading.count(study.epochs, 'epoch')}; ELR and ELR+: "
+        f"lambda {study.strength:g}, beta {study.beta:g}."
         + (" Bands are 95 % intervals of the mean." if seeds > 1 else " No intervals.")
     )

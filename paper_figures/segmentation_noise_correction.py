@@ -296,8 +296,9 @@ def _methods(axes: Axes, letter: str, study: Study, column: str) -> list[dict[st
 def _caption(study: Study) -> str:
     onset = "Dashed and ticks: corrections, of the first and of every seed."
     return (
-        f"{study.scale}, {reading.count(study.seeds, 'paired seed')}; IoU is the mean of disk "
-        f"and square with the clean labels, in (a) with the annotations. {onset} (d): black lines "
+        f"{study.scale}, {reading.count(study.seeds, 'paired seed')}, each with annotations of its "
+        f"own of the same images; IoU is the mean of disk and square "
+        f"with the clean labels, in (a) with the annotations. {onset} (d): black lines "
         "are the true outlines; ADELE and CE (cross-entropy) are the predictions of the last epoch."
         + (" Bands and bars are 95 % intervals of the mean." if study.seeds > 1 else "")
     )

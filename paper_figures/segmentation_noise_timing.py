@@ -150,8 +150,9 @@ def _caption(study: Study) -> str:
     among = reading.value(study.run, "among")
     again = ", and those before it once more" if among == "active" else ""
     return (
-        f"{study.scale}, {reading.count(study.seeds, 'paired seed')}; IoU is the mean of disk and "
-        f"square with the clean labels over the last {LAST} epochs. ADELE corrects each class at "
+        f"{study.scale}, {reading.count(study.seeds, 'paired seed')}, each with annotations of its "
+        f"own of the same images; IoU is the mean of disk and square "
+        f"with the clean labels over the last {LAST} epochs. ADELE corrects each class at "
         f"its onset (ticks){again}."
         + (" Bands are 95 % intervals of the mean." if study.seeds > 1 else " No intervals.")
     )

@@ -76,7 +76,9 @@ def draw(
         axes.grid(True, axis="y")
         panels.legend(fig, axes, ncols=2)
         seeds = reading.count(study.cells["ratio"].replicas, "seed")
-        drawing.caption(fig, f"{study.scale}; plain SGD at {study.rate:g}, {seeds}.")
+        drawing.caption(
+            fig, f"{study.scale}; plain SGD at {study.rate:g}, {seeds} on the same data."
+        )
         paths = drawing.save(
             *(fig, folder, name),
             table=reading.table(rows),

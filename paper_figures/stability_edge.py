@@ -181,6 +181,7 @@ def _caption(study: Study) -> str:
     seeds = len(next(iter(study.ratio.values())))
     control = " Dashed: gradient descent at a lower rate." if "control" in study.ratio else ""
     return (
-        f"{study.scale}; {reading.count(seeds, 'initialisation')}, full batch, 1/2 squared "
-        f"distance to one-hot labels. Adam and RMSProp: the preconditioned Hessian.{control}"
+        f"{study.scale}; {reading.count(seeds, 'initialisation')} on the same examples, full "
+        "batch, 1/2 squared distance to one-hot labels. Adam and RMSProp: the preconditioned "
+        f"Hessian.{control}"
     )

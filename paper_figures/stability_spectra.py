@@ -220,6 +220,7 @@ def _caption(study: Study) -> str:
     seeds = reading.count(study.sharpness.shape[1], "initialisation")
     _, _, num, k = study.nodes.shape
     return (
-        f"{study.scale}; {seeds}, full batch; stochastic Lanczos quadrature, {num} vectors of {k} "
-        "products. Labels on the right: the step. Dotted: the threshold of gradient descent."
+        f"{study.scale}; {seeds} on the same examples, full batch; stochastic Lanczos "
+        f"quadrature, {num} vectors of {k} products. Labels on the right: the step. Dotted: the "
+        "threshold of gradient descent."
     )

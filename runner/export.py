@@ -3,7 +3,8 @@
 Writes OUT/scores.npz and .parquet: a row for each training example in the order of the dataset,
 with ``index`` (its place in the file), ``label`` as trained on, and for each score its mean over
 the runs that did not diverge and saw the example, ``<score>`` or ``<score>@<epoch>``, and the
-standard error of that mean, ``..._se`` (nan for one run). With --keep also OUT/subset.npz and
+standard error of that mean, ``..._se`` (nan for one run). Where wrong labels were drawn several
+times, the labels and the runs are those of the first draw. With --keep also OUT/subset.npz and
 .parquet, the rows that are kept. The .json beside them names the run, its config, the hash of the
 data, the runs that diverged, if any, and how the subset was chosen.
 """
@@ -106,11 +107,12 @@ def averages(run: record.Run) -> dict[str, Mean]:
 
 
 def _mean(run: record.Run, name: str, array: record.Array) -> Mean:
-    """Over the runs that did not diverge. ValueError: there are none."""
+    """Over the runs on the first draw's labels that did not diverge. ValueError: there are none."""
     if "replica" not in array.dims:
         return Mean(array.values, None, KINDS[name], 0)
-    diverged = run.frames["scored"].sort("replica")["diverged"]
-    whole = array.values[diverged.is_null().to_numpy()]
+    scored, labels = run.frames["scored"].sort("replica"), run.arrays["labels"].values
+    alike = (labels == labels[0]).all(axis=1)[scored["draw"].to_numpy()]
+    whole = array.values[alike & scored["diverged"].is_null().to_numpy()]
     if not len(whole):
         raise ValueError(f"no run of {name} is left that did not diverge")
     value, error = statistics.over_replicas(whole)
@@ -119,9 +121,9 @@ def _mean(run: record.Run, name: str, array: record.Array) -> Mean:
 
 def table(run: record.Run, means: dict[str, Mean]) -> dict[str, np.ndarray]:
     """The columns of all scores, and what is known of the examples."""
-    columns = {"index": run.arrays["index"].values, "label": run.arrays["labels"].values}
-    about = [name for name in ("clean", "mislabelled") if name in run.arrays]
-    columns |= {name: run.arrays[name].values for name in about}
+    columns = {"index": run.arrays["index"].values, "label": run.arrays["labels"].values[0]}
+    columns |= {"clean": run.arrays["clean"].values} if "clean" in run.arrays else {}
+    columns |= {"mislabelled": run.arrays["mislabelled"].values[0]}
     for name, mean in means.items():
         columns[name] = mean.value
         columns |= {} if mean.error is None else {f"{name}_se": mean.error}

@@ -8,20 +8,27 @@ import polars as pl
 from dynamics import record, statistics
 from dynamics.record import Array
 
-N, CLASSES, REPLICAS, SHOWN = 90, 3, 6, 2
+N, CLASSES, REPLICAS, DRAWS, SHOWN = 90, 3, 8, 2, 2
 EPOCHS = (0.0, 1.0, 5.0, 20.0)
 LOW = ("logit_margin", "pvi", "aum", "confidence")  # hard is low
 
 
 def ranking(
-    *, noise=0.2, spread=0.0, replicas=REPLICAS, hardness=None, source="digits", color=False
+    *,
+    noise=0.2,
+    spread=0.0,
+    replicas=REPLICAS,
+    draws=DRAWS,
+    hardness=None,
+    source="digits",
+    color=False,
 ):
     """Every example has one hardness, wrong labels first; every score is a monotone function of it.
 
     Before training they all rank by the norm of the input, which has no part in it. ``spread`` is
-    the noise of each replica.
+    the noise of each replica. ``draws`` share the labels, and have ``replicas`` between them.
     """
-    rng = np.random.default_rng(3)
+    rng, draws = np.random.default_rng(3), min(draws, replicas)
     labels = np.arange(N) % CLASSES
     wrong = (np.arange(N) // CLASSES) % 5 < 5 * noise
     order = rng.permutation(N)
@@ -44,12 +51,14 @@ def ranking(
     about = {
         "input_norm": norm.astype(np.float32),
         "index": np.arange(N, dtype=np.int32),
-        "labels": labels.astype(np.int32),
+        "labels": np.tile(labels.astype(np.int32), (draws, 1)),
         "clean": np.where(wrong, (labels + 1) % CLASSES, labels).astype(np.int32),
-        "mislabelled": wrong,
+        "mislabelled": np.tile(wrong, (draws, 1)),
     }
-    arrays |= {name: Array(value, ("example",)) for name, value in about.items()}
-    mean = found["el2n", 5.0].astype(np.float64).mean(axis=0)
+    dims = {1: ("example",), 2: ("draw", "example")}
+    arrays |= {name: Array(value, dims[value.ndim]) for name, value in about.items()}
+    alike = replicas // draws if noise else replicas  # runs on the labels of the first draw
+    mean = found["el2n", 5.0][:alike].astype(np.float64).mean(axis=0)
     by_class = [[r for r in np.argsort(mean) if labels[r] == c] for c in range(CLASSES)]
     shown = [[c[::-1][:SHOWN] for c in by_class], [c[:SHOWN] for c in by_class]]
     dims = ("end", "class", "place")
@@ -67,12 +76,17 @@ def ranking(
         "kind": "Config",
         "data": {"kind": "DataConfig", "source": source},
         "model": {"kind": "MLP", "width": 128, "depth": 2},
-        "score": {"kind": "Scoring", "epochs": list(EPOCHS), "replicas": replicas},
+        "score": {
+            "kind": "Scoring",
+            "epochs": list(EPOCHS),
+            "draws": draws,
+            "replicas": replicas // draws,
+        },
         "study": {"kind": "Ranking", "scored_at": 5.0, "shown": SHOWN},
         "noise": noise,
         "seed": 0,
     }
-    frames = {"ranking": record.frame(rows), "scored": scored(replicas)}
+    frames = {"ranking": record.frame(rows), "scored": scored(replicas, draws=draws)}
     path, fingerprint = Path("runs/data_diet/made-up"), f"{round(100 * noise):016x}"
     return record.Run(path, fingerprint, config, {}, frames, arrays, True)
 
@@ -87,11 +101,12 @@ def stacked(found):
     return arrays
 
 
-def scored(replicas, diverged=None):
+def scored(replicas, diverged=None, draws=DRAWS):
     """Frame ``scored`` of runs that did not diverge, or each at the step given."""
-    steps = [diverged] * replicas
-    types = {"replica": pl.Int64, "diverged": pl.Int64}
-    return pl.DataFrame({"replica": range(replicas), "diverged": steps}, schema_overrides=types)
+    steps, types = [diverged] * replicas, {"replica": pl.Int64, "diverged": pl.Int64}
+    own = [replica * draws // replicas for replica in range(replicas)]
+    found = {"draw": own, "replica": range(replicas), "diverged": steps}
+    return pl.DataFrame(found, schema_overrides=types)
 
 
 def value(run, name, epoch=None):

@@ -224,7 +224,7 @@ def test_the_command(capsys: Any, monkeypatch: Any) -> None:
     command = ["plan", "data_diet", "--topology", "cpu:4", *small, "--model", "mlp"]
     assert cli.main([*command, "--model.width", "8", "--mesh", "2", "2", "1"]) == 0
     out = capsys.readouterr().out
-    assert "cpu:4, 4 chips as 2 x 2 x 1 (replica, data, model); 2 replicas, batch 20" in out
+    assert "cpu:4, 4 chips as 2 x 2 x 1 (replica, data, model); 20 replicas, batch 20" in out
     assert "all-reduce" in out and "over data" in out and "peak of all programs" in out
 
 

@@ -25,7 +25,7 @@ config = Config(
         batch_size=50,
         augment="crop_flip",
     ),
-    score=Scoring(epochs=(0.0, 4.0), horizon=10.0, replicas=4),
+    score=Scoring(epochs=(0.0, 4.0), horizon=10.0, draws=3, replicas=2),
     study=Pruning(
         fractions=(0.3,),
         methods=("random", "el2n_hard", "el2n_easy", "grand_init_hard"),

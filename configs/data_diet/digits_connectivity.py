@@ -12,7 +12,7 @@ from experiments.data_diet import Config, Connectivity, Scoring
 config = Config(
     model=MLP(width=128, depth=1),
     train=Train(optimizer=SGD(learning_rate=0.05, momentum=0.9), batch_size=32),
-    score=Scoring(epochs=(5.0,), replicas=10),
+    score=Scoring(epochs=(5.0,), draws=8, replicas=4),
     study=Connectivity(replicas=8, epochs=40.0),
     noise=0.2,
 )

@@ -15,7 +15,7 @@ config = Config(
     data=DataConfig(source="mnist"),
     model=MLP(width=128, depth=1),
     train=Train(optimizer=SGD(weight_decay=5e-4)),
-    score=Scoring(epochs=(0.0, 1.0, 2.0), replicas=10),
+    score=Scoring(epochs=(0.0, 1.0, 2.0), draws=4, replicas=3),
     study=Pruning(fractions=(0.2, 0.5), scored_at=2.0, replicas=4, epochs=3.0),
 )
 studies = [

@@ -2,7 +2,9 @@
 
 Scores are means over independent runs, in evaluation mode, in the order of the dataset. Subsets are
 retrained from fresh initialisations for the same number of steps, with seeds (initialisation and
-order) paired across subsets; last epoch, never the best one. The study says what is measured:
+order) paired across subsets; last epoch, never the best one. Each retraining takes the scores of
+runs of its own and wrong labels of its own (a draw), so that the spread of retrainings is that of
+the method; the split into training and test set is one for all. The study says what is measured:
 pruning against the fraction kept, the epoch of the scores (timing) or the window; transfer between
 settings; the ranking of wrong labels; rescoring while training; the connectivity of children; the
 velocity of the kernel.
@@ -22,6 +24,7 @@ from dynamics.data import load as load_data
 from dynamics.data.sources import Splits
 from dynamics.record import Array, Findings
 from experiments.data_diet import landscape, rescoring, retraining, scoring
+from experiments.data_diet.bank import Bank
 from experiments.data_diet.config import (
     Config,
     Connectivity,
@@ -35,7 +38,6 @@ from experiments.data_diet.config import (
     Velocity,
     Window,
 )
-from experiments.data_diet.scoring import Bank
 from experiments.experiment import Experiment, Job, check_mesh
 
 __all__ = [
@@ -89,20 +91,23 @@ def study(job: Job[Config, Any]) -> Findings:
 
 
 def rank(job: Job[Config, Ranking]) -> Findings:
-    """Frame ``ranking``, a row for each (score, epoch, replica): how well it ranks wrong labels
-    first.
+    """Frame ``ranking``, a row for each (score, epoch, draw, replica): how well it ranks the wrong
+    labels of its draw first.
 
     ``auc`` is the probability that a mislabelled example is harder by the score than another one,
     null without wrong labels or where the score is the same for all; ``epoch`` is null for a score
-    that has none, ``replica`` for the mean over replicas. Arrays: all of the scoring stage
+    that has none, ``replica`` for the mean over the draw's. Arrays: all of the scoring stage
     (``scoring.score``), and of image data ``shown`` i32[2, C, S], the rows of the hardest and of
-    the easiest examples of each class by EL2N, and ``shown_images`` [2, C, S, ...].
+    the easiest examples of each class by EL2N, of all runs on the first draw's labels, and
+    ``shown_images`` [2, C, S, ...].
     """
     banks, rows = scoring.banks(job), []
     for p, bank in enumerate(banks):
         for name in sorted(set(bank.arrays) & set(scores.HARD)):
             for epoch in bank.arrays[name].coords.get("epoch", [None]):
-                rows += [{"point": p, **row} for row in _ranked(bank, name, epoch)]
+                for d in range(job.config.score.draws):
+                    found = _ranked(bank.draw(d), name, epoch)
+                    rows += [{"point": p, "draw": d, **row} for row in found]
     arrays = {
         name: Array(
             np.stack([bank.arrays[name].values for bank in banks]),
@@ -120,10 +125,10 @@ def rank(job: Job[Config, Ranking]) -> Findings:
 
 
 def _ranked(bank: Bank, name: str, epoch: float | None) -> list[dict[str, Any]]:
-    """Rows of one score at one epoch: of the mean over replicas, then of each."""
+    """Rows of one score of one draw at one epoch: of the mean over replicas, then of each."""
     wrong, sign = bank["mislabelled"], 1 if scores.HARD[name] == "high" else -1
     value = bank[name] if epoch is None else bank.at(name, epoch)
-    runs = [] if value.ndim == 1 else list(enumerate(value))
+    runs = [] if value.ndim == 1 else list(zip(bank.runs["replica"], value, strict=True))
     rows = []
     for replica, one in [(None, bank.mean(name, epoch)), *runs]:
         one = np.where(np.isnan(one), sign * np.inf, one)
@@ -140,7 +145,7 @@ def _shown(job: Job[Config, Ranking], banks: list[Bank]) -> dict[str, Array]:
     """
     data, count = job.data, job.study.shown
     x, found, points = np.asarray(data.train.x), [], []
-    for p, bank in enumerate(banks):
+    for p, bank in enumerate(whole.alike()[0] for whole in banks):
         labels = bank["labels"]
         fewest = np.bincount(labels, minlength=data.num_classes).min()
         if x.ndim not in (3, 4) or fewest < count:
@@ -161,7 +166,8 @@ def check(job: Job[Config, Any]) -> None:
     config, study, data, n = job.config, job.study, job.data, len(job.data.train)
     kept = min(getattr(study, "fractions", (getattr(study, "kept", 1.0),)))
     members = members_of(config)
-    for count in (config.score.replicas, *([members] if members else [])):
+    scorings = config.score.draws * config.score.replicas
+    for count in (scorings, *([members] if members else [])):
         check_mesh(job.mesh, len(job.points) * count, config.train.batch_size)
     training.check_batch(config.train, data, kept)
     steps = [training.steps(config.train, data, epoch) for epoch in config.score.epochs]

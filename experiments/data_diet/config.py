@@ -32,8 +32,10 @@ class Scoring:
 
     epochs: tuple[NonNegative, ...] = (0.0, 1.0, 2.0, 5.0, 10.0, 20.0)
     """Epochs of the full data after which every example is scored; the last ends the training"""
-    replicas: Count = 10
-    """Independent runs (initialisation and order) that scores are averaged over"""
+    draws: Count = 10
+    """Independent draws of scoring runs and wrong labels; retraining r takes those of draw r"""
+    replicas: Count = 4
+    """Runs (initialisation and order) of each draw, which its scores are averaged over"""
     horizon: NonNegative = 0.0
     """Epochs that the learning-rate schedule spans, at least the last of epochs; 0: just those"""
     also: tuple[Literal["vog", "pvi"], ...] = ()
@@ -69,7 +71,7 @@ class Pruning:
     cutoff: Fraction = 0.1
     """For coverage: the fraction of hardest examples that is left out"""
     replicas: Count = 10
-    """Paired seeds of each subset"""
+    """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
     """Training, in epochs of the full data; the same number of steps for every subset"""
 
@@ -91,7 +93,7 @@ class Timing:
     balanced: bool = False
     """Whether every class keeps the same fraction"""
     replicas: Count = 10
-    """Paired seeds of each subset"""
+    """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
     """Training, in epochs of the full data; the same number of steps for every subset"""
 
@@ -109,7 +111,7 @@ class Window:
     balanced: bool = False
     """Whether every class keeps the same fraction"""
     replicas: Count = 10
-    """Paired seeds of each subset"""
+    """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
     """Training, in epochs of the full data; the same number of steps for every subset"""
 
@@ -134,7 +136,7 @@ class Transfer:
     scored_at: NonNegative = 5.0
     """Epoch of the EL2N scores, one of score.epochs"""
     replicas: Count = 10
-    """Paired seeds of each subset"""
+    """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
     """Training, in epochs of the full data; the same number of steps for every subset"""
 
@@ -237,6 +239,12 @@ class Config:
                 f"study.scored_at must be one of score.epochs {self.score.epochs}, got {at:g}"
             )
         init = [m for m in getattr(self.study, "methods", ()) if m == "grand_init_hard"]
+        replicas, draws = getattr(self.study, "replicas", 1), self.score.draws
+        if replicas > draws:
+            raise ValueError(
+                f"study.replicas must be at most score.draws {draws}, for each takes the scores "
+                f"and the wrong labels of a draw of its own, got {replicas}"
+            )
         if init and 0.0 not in self.score.epochs:
             raise ValueError(f"method {init[0]!r} needs 0 among score.epochs {self.score.epochs}")
 

@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from dynamics import mesh as meshes
-from dynamics import population, scores, training
+from dynamics import population, training
 from dynamics.data.rows import subset
 from dynamics.landscape import barrier
 from dynamics.probes import KernelVelocity, Path
@@ -16,9 +16,9 @@ from dynamics.record import Findings
 from dynamics.training import Trained
 from dynamics.types import TrainState
 from experiments.data_diet import scoring
+from experiments.data_diet.bank import Bank
 from experiments.data_diet.config import Config, Connectivity, Velocity
 from experiments.data_diet.retraining import scored, shared
-from experiments.data_diet.scoring import Bank
 from experiments.experiment import Job
 
 
@@ -32,13 +32,15 @@ def connect(job: Job[Config, Connectivity]) -> Findings:
     Weights: ``children-<step>``, those of both children of each parent.
     """
     study, data, banks = job.study, job.data, scoring.banks(job)
+    drawn = scoring.drawn(banks, study.replicas)
     parents = _members(job)
     children = pl.concat([parents.with_columns(child=pl.lit(c)) for c in range(2)])
     children = children.drop("member").with_row_index("member")
     both = [training.keys(parents, purpose) for purpose in (scoring.CHILD, scoring.OTHER)]
-    chosen = [_extremes(job, p, bank) for p, bank in enumerate(banks)]
-    every = np.unique(np.concatenate([rows for mine in chosen for rows in mine.values()]))
-    labels = np.stack([banks[p]["labels"] for p in parents["point"]])
+    pairs = parents.select("point", "replica").rows()
+    chosen = {(p, r): _extremes(job, p, r, drawn[p][r]) for p, r in pairs}
+    every = np.unique(np.concatenate([rows for mine in chosen.values() for rows in mine.values()]))
+    labels = np.stack([drawn[p][r]["labels"] for p, r in pairs])
     own = np.concatenate([labels, labels])
     total = training.steps(job.config.train, data, study.epochs)
     path = Path((total,), on="chosen", points=study.points, labels=own[:, every], train="train")
@@ -92,21 +94,20 @@ def _members(job: Job[Config, Any]) -> pl.DataFrame:
     )
 
 
-def _extremes(job: Job[Config, Connectivity], p: int, bank: Bank) -> dict[str, np.ndarray]:
-    """The hardest, the easiest, and random examples."""
-    point, m = job.points[p], job.study.examples
-    mean = bank.mean("el2n", job.study.scored_at)
-    return {
-        "high": scores.keep(mean, m, "highest", seed=point.seed),
-        "low": scores.keep(mean, m, "lowest", seed=point.seed),
-        "random": scoring.chosen("random", bank, m, point.seed, 0),
-    }
+def _extremes(
+    job: Job[Config, Connectivity], p: int, replica: int, bank: Bank
+) -> dict[str, np.ndarray]:
+    """The hardest and the easiest examples by the scores of a pair's own draw, and random ones."""
+    options = (bank, job.study.examples, job.points[p].seed, replica)
+    methods = {"high": "el2n_hard", "low": "el2n_easy", "random": "random"}
+    at = job.study.scored_at
+    return {name: scoring.chosen(method, *options, at=at) for name, method in methods.items()}
 
 
 def _barriers(
     trained: Trained,
     study: Connectivity,
-    chosen: list[dict[str, np.ndarray]],
+    chosen: dict[tuple[int, int], dict[str, np.ndarray]],
     every: np.ndarray,
     spawn: float | None,
 ) -> pl.DataFrame:
@@ -119,7 +120,7 @@ def _barriers(
     lost = pl.min_horizontal(first["diverged"], second["diverged"])
     pairs = first.with_columns(diverged=lost).rows(named=True)
     for pair, member in enumerate(pairs):
-        for name, examples in chosen[member["point"]].items():
+        for name, examples in chosen[member["point"], member["replica"]].items():
             at = np.searchsorted(every, examples)
             accuracy = paths["accuracy"][:, pair][:, at].mean(axis=-1)
             loss = paths["loss"][:, pair][:, at].mean(axis=-1)
@@ -141,15 +142,16 @@ def turn(job: Job[Config, Velocity]) -> Findings:
     """Frame ``velocity``, a row for each (order, group, epoch, replica): how its kernel turned over
     the epoch before.
 
-    Groups of order ``el2n`` are examples of neighbouring mean EL2N, ``rank`` the middle of a group
-    in 0 (easiest) .. 1; those of order ``random`` are neighbours in a random order. ``el2n`` is the
-    group's mean score, ``mislabelled`` the part of it whose labels are wrong.
+    Groups of order ``el2n`` are examples of neighbouring mean EL2N of the replica's own draw,
+    ``rank`` the middle of a group in 0 (easiest) .. 1; those of order ``random`` are neighbours in
+    a random order. ``el2n`` is the group's mean score, ``mislabelled`` the part of it whose labels
+    are wrong.
     """
     study, data, banks = job.study, job.data, scoring.banks(job)
-    members = _members(job)
-    about, groups = _groups(job, banks)
+    drawn, members = scoring.drawn(banks, study.replicas), _members(job)
+    about, groups = _groups(job, drawn, members)
     epochs = {training.steps(job.config.train, data, float(e)): e for e in range(study.epochs + 1)}
-    own = members["point"].to_list()
+    own = members.select("point", "replica").rows()
     trained = scoring.fitted(
         job,
         job.config,
@@ -158,8 +160,8 @@ def turn(job: Job[Config, Velocity]) -> Findings:
         max(epochs),
         name="velocity",
         store=job.recorder,
-        probes=[KernelVelocity(tuple(epochs), groups[own], on="train")],
-        labels=np.stack([banks[p]["labels"] for p in own]),
+        probes=[KernelVelocity(tuple(epochs), groups, on="train")],
+        labels=np.stack([drawn[p][r]["labels"] for p, r in own]),
     )
     when = pl.DataFrame({"step": list(epochs), "epoch": list(epochs.values())})
     frame = (
@@ -167,7 +169,7 @@ def turn(job: Job[Config, Velocity]) -> Findings:
         .frame("velocity")
         .join(when, on="step", maintain_order="left")
         .join(trained.members, on="member", maintain_order="left")
-        .join(about, on=["point", "group"], maintain_order="left")
+        .join(about, on=["member", "group"], maintain_order="left")
         .filter(pl.col("diverged").is_null() | (pl.col("step") <= pl.col("diverged")))
         .select("point", "order", "rank", "el2n", "mislabelled", "epoch", "replica", "velocity",
                 "diverged")
@@ -175,17 +177,20 @@ def turn(job: Job[Config, Velocity]) -> Findings:
     return Findings({"velocity": frame, "scored": scored(banks)}, shared(banks))
 
 
-def _groups(job: Job[Config, Velocity], banks: list[Bank]) -> tuple[pl.DataFrame, np.ndarray]:
-    """What each (point, group) is, and its rows i32[point, group, example].
+def _groups(
+    job: Job[Config, Velocity], drawn: list[list[Bank]], members: pl.DataFrame
+) -> tuple[pl.DataFrame, np.ndarray]:
+    """What each (member, group) is, and its rows i32[member, group, example].
 
     Groups in the order of the score come first, then those in a random order.
     """
     study, n = job.study, len(job.data.train)
     starts = np.round(np.linspace(0, n - study.examples, study.groups)).astype(int)
     about, groups = [], []
-    for p, (point, bank) in enumerate(zip(job.points, banks, strict=True)):
+    for member, p, replica in members.select("member", "point", "replica").rows():
+        point, bank = job.points[p], drawn[p][replica]
         mean = bank.mean("el2n", study.scored_at)
-        draw = np.random.Generator(np.random.PCG64([point.seed, scoring.RANDOM]))
+        draw = np.random.Generator(np.random.PCG64([point.seed, scoring.RANDOM, replica]))
         orders = {"el2n": np.argsort(mean, kind="stable"), "random": draw.permutation(n)}
         mine = []
         for order, examples in orders.items():
@@ -193,7 +198,7 @@ def _groups(job: Job[Config, Velocity], banks: list[Bank]) -> tuple[pl.DataFrame
                 rows = examples[start : start + study.examples]
                 about.append(
                     {
-                        "point": p,
+                        "member": member,
                         "group": len(mine),
                         "order": order,
                         "rank": (start + study.examples / 2) / n,

@@ -40,12 +40,14 @@ def rescore(job: Job[Config, Rescoring]) -> Findings:
     before or after).
     """
     study, data, banks, n = job.study, job.data, scoring.banks(job), len(job.data.train)
+    drawn = scoring.drawn(banks, study.replicas)
     bounds, count = choices(job.config.train, study, data), round(study.kept * n)
     members = training.table(
         [{"seed": point.seed, **point.train.optimizer.hyperparameters()} for point in job.points],
         lambda _: [{"method": method} for method in METHODS],
         study.replicas,
     )
+    own = members.select("point", "replica").rows()
     trained = scoring.fitted(
         job,
         job.config,
@@ -56,7 +58,7 @@ def rescore(job: Job[Config, Rescoring]) -> Findings:
         store=job.recorder,
         probes=[Evaluate(tuple(bounds), on="test")],
         revision=Choice(tuple(bounds[:-1]), members, count),
-        labels=np.stack([banks[p]["labels"] for p in members["point"]]),
+        labels=np.stack([drawn[p][r]["labels"] for p, r in own]),
         rows=np.broadcast_to(np.arange(n, dtype=np.int32), (len(members), n)),
         sizes=np.full(len(members), n, np.int32),
     )
@@ -140,4 +142,5 @@ class Choice:
             draw = np.random.SeedSequence(entropy).generate_state(1)[0]
             return scores.random(len(el2n), self.count, seed=int(draw))
         known = el2n if np.isfinite(el2n).all() else np.zeros(len(el2n))
-        return scores.keep(known, self.count, "highest", seed=seed)
+        ties = scoring.seed_of(seed, member["replica"])
+        return scores.keep(known, self.count, "highest", seed=ties)

@@ -12,8 +12,8 @@ from dynamics import scores, training
 from dynamics.probes import Evaluate
 from dynamics.record import Array, Findings
 from experiments.data_diet import scoring
+from experiments.data_diet.bank import Bank
 from experiments.data_diet.config import Config, Pruning, Timing, Transfer, Window
-from experiments.data_diet.scoring import Bank
 from experiments.experiment import Job
 
 SHARED = ("input_norm", "index", "labels", "mislabelled")
@@ -22,7 +22,9 @@ RETRAINED = ("fraction", "kept", "rarest", "wrong", "replica", "test_accuracy", 
 
 
 class Subset(NamedTuple):
-    """What is trained on: the columns that name it, and its rows for each paired seed."""
+    """What is trained on: the columns that name it, and its rows for each paired seed, which
+    chose them by the scores of its own draw.
+    """
 
     columns: dict[str, Any]
     rows: list[np.ndarray]
@@ -32,15 +34,16 @@ def prune(job: Job[Config, Pruning]) -> Findings:
     """Frame ``pruning``, a row for each (method, fraction, replica); ``full`` is all data.
 
     Arrays: ``el2n``, ``grand`` f32[R, N] at ``scored_at``, ``el2n_init``, ``grand_init`` f32[R, N]
-    if epoch 0 was scored, and what the scoring stage says of the examples.
+    if epoch 0 was scored, of all runs that scored, and what the scoring stage says of the examples.
     """
-    banks, r = scoring.banks(job), job.study.replicas
+    banks = scoring.banks(job)
+    drawn = scoring.drawn(banks, job.study.replicas)
 
-    def subsets(point: Config, bank: Bank) -> list[Subset]:
+    def subsets(point: Config, own: list[Bank]) -> list[Subset]:
         study = job.study
         options = {"at": study.scored_at, "balanced": study.balanced, "cutoff": study.cutoff}
-        return [everything(bank, r, method="full", fraction=1.0)] + [
-            subset(point, bank, m, f, r, {"method": m, "fraction": f}, **options)
+        return [everything(own, method="full", fraction=1.0)] + [
+            subset(point, own, m, f, {"method": m, "fraction": f}, **options)
             for f in study.fractions
             for m in study.methods
         ]
@@ -49,7 +52,7 @@ def prune(job: Job[Config, Pruning]) -> Findings:
         init = {f"{s}_init": bank.at(s, 0.0) for s in ("el2n", "grand") if bank.has(s, 0.0)}
         return {s: bank.at(s, job.study.scored_at) for s in ("el2n", "grand")} | init
 
-    frame = retrained(job, banks, [subsets(p, b) for p, b in zip(job.points, banks, strict=True)])
+    frame = retrained(job, drawn, [subsets(p, b) for p, b in zip(job.points, drawn, strict=True)])
     arrays = shared(banks) | over_points([kept(bank) for bank in banks])
     return Findings({"pruning": frame.select("point", "method", *RETRAINED),
                      "scored": scored(banks)}, arrays)  # fmt: skip
@@ -61,20 +64,20 @@ def time(job: Job[Config, Timing]) -> Findings:
     Scores of the training stream (forgetting, aum) begin at the first epoch above 0.
     """
     study, banks = job.study, scoring.banks(job)
-    kept = (study.kept, study.replicas)
+    drawn = scoring.drawn(banks, study.replicas)
 
-    def subsets(point: Config, bank: Bank) -> list[Subset]:
-        out = [everything(bank, study.replicas, method="full", fraction=1.0)]
+    def subsets(point: Config, own: list[Bank]) -> list[Subset]:
+        out = [everything(own, method="full", fraction=1.0)]
         cells: list[tuple[str, float | None]] = [("random", None)]
         for score, epoch in itertools.product(study.methods, point.score.epochs):
-            cells += [(f"{score}_hard", epoch)] if bank.has(score, epoch) else []
+            cells += [(f"{score}_hard", epoch)] if own[0].has(score, epoch) else []
         for method, epoch in cells:
             columns = {"method": method, "fraction": study.kept, "scored_at": epoch}
             options = {"at": epoch or 0.0, "balanced": study.balanced}
-            out.append(subset(point, bank, method, *kept, columns, **options))
+            out.append(subset(point, own, method, study.kept, columns, **options))
         return out
 
-    frame = retrained(job, banks, [subsets(p, b) for p, b in zip(job.points, banks, strict=True)])
+    frame = retrained(job, drawn, [subsets(p, b) for p, b in zip(job.points, drawn, strict=True)])
     frame = frame.select("point", "method", "scored_at", *RETRAINED)
     return Findings({"timing": frame, "scored": scored(banks)}, shared(banks))
 
@@ -85,25 +88,31 @@ def slide(job: Job[Config, Window]) -> Findings:
 
     ``dropped`` is the fraction of hardest examples left out, ``offset`` the number of easiest.
     """
-    study, banks, r = job.study, scoring.banks(job), job.study.replicas
+    study, banks = job.study, scoring.banks(job)
+    drawn = scoring.drawn(banks, study.replicas)
 
-    def subsets(point: Config, bank: Bank) -> list[Subset]:
-        mean, n = bank.mean("el2n", study.scored_at), len(bank)
-        count = round(study.kept * n)
+    def within(point: Config, bank: Bank, replica: int, drop: int) -> np.ndarray:
         labels = bank["labels"] if study.balanced else None
-        out = [everything(bank, r, method="full", fraction=1.0)]
+        options = {"drop": drop, "labels": labels, "seed": scoring.seed_of(point.seed, replica)}
+        return scores.window(bank.mean("el2n", study.scored_at), count, **options)
+
+    n = len(job.data.train)
+    count = round(study.kept * n)
+
+    def subsets(point: Config, own: list[Bank]) -> list[Subset]:
+        out = [everything(own, method="full", fraction=1.0)]
         for method, name in (("random", "random"), ("el2n_easy", "easy")):
             columns = {"method": name, "fraction": study.kept}
             options = {"at": study.scored_at, "balanced": study.balanced}
-            out.append(subset(point, bank, method, study.kept, r, columns, **options))
+            out.append(subset(point, own, method, study.kept, columns, **options))
         for part in study.dropped:
             drop = min(round(part * n), n - count)
-            rows = scores.window(mean, count, drop=drop, labels=labels, seed=point.seed)
+            rows = [within(point, bank, r, drop) for r, bank in enumerate(own)]
             columns = {"method": "window", "fraction": study.kept, "dropped": part}
-            out.append(Subset(columns | {"offset": n - count - drop}, [rows] * r))
+            out.append(Subset(columns | {"offset": n - count - drop}, rows))
         return out
 
-    frame = retrained(job, banks, [subsets(p, b) for p, b in zip(job.points, banks, strict=True)])
+    frame = retrained(job, drawn, [subsets(p, b) for p, b in zip(job.points, drawn, strict=True)])
     frame = frame.select("point", "method", "dropped", "offset", *RETRAINED)
     el2n = over_points([{"el2n": bank.at("el2n", study.scored_at)} for bank in banks])
     return Findings({"window": frame, "scored": scored(banks)}, shared(banks) | el2n)
@@ -120,11 +129,12 @@ def transfer(job: Job[Config, Transfer]) -> Findings:
     study, settings = job.study, ("own", "model", "rate")
     changed = {name: [changed_to(point, study, name) for point in job.points] for name in settings}
     banks = {name: scoring.banks_of(job, points) for name, points in changed.items()}
+    drawn = {name: scoring.drawn(found, study.replicas) for name, found in banks.items()}
     frames = [
         retrained(
             dataclasses.replace(job, points=changed[target]),
-            banks["own"],
-            [_sources(job, target, banks, p) for p in range(len(job.points))],
+            drawn["own"],
+            [_sources(job, target, drawn, p) for p in range(len(job.points))],
             target,
         )
         for target in settings
@@ -138,17 +148,16 @@ def transfer(job: Job[Config, Transfer]) -> Findings:
 
 
 def _sources(
-    job: Job[Config, Transfer], target: str, banks: dict[str, list[Bank]], p: int
+    job: Job[Config, Transfer], target: str, drawn: dict[str, list[list[Bank]]], p: int
 ) -> list[Subset]:
     """What a target is trained on: all data, a random subset, the hardest by each setting."""
-    study, own, point = job.study, banks["own"][p], job.points[p]
-    subsets = [everything(own, study.replicas, target=target, source="full", fraction=1.0)]
-    for source in ("random", *banks):
-        bank = own if source == "random" else banks[source][p]
+    study, own, point = job.study, drawn["own"][p], job.points[p]
+    subsets = [everything(own, target=target, source="full", fraction=1.0)]
+    for source in ("random", *drawn):
+        by = own if source == "random" else drawn[source][p]
         method = "random" if source == "random" else "el2n_hard"
         columns = {"target": target, "source": source, "fraction": study.kept}
-        kept = (study.kept, study.replicas)
-        subsets.append(subset(point, bank, method, *kept, columns, at=study.scored_at))
+        subsets.append(subset(point, by, method, study.kept, columns, at=study.scored_at))
     return subsets
 
 
@@ -162,36 +171,35 @@ def changed_to(point: Config, study: Transfer, name: str) -> Config:
     return point
 
 
-def everything(bank: Bank, replicas: int, **columns: Any) -> Subset:
+def everything(own: Sequence[Bank], **columns: Any) -> Subset:
     """All examples, for each paired seed."""
-    return Subset(columns, [np.arange(len(bank))] * replicas)
+    return Subset(columns, [np.arange(len(bank)) for bank in own])
 
 
 def subset(
     point: Config,
-    bank: Bank,
+    own: Sequence[Bank],
     method: str,
     fraction: float,
-    replicas: int,
     columns: dict[str, Any],
     **options: Any,
 ) -> Subset:
-    """What a method keeps, for each paired seed."""
-    count = round(fraction * len(bank))
+    """What a method keeps, for each paired seed by the scores of its own draw."""
     rows = [
-        scoring.chosen(method, bank, count, point.seed, replica, **options)
-        for replica in range(replicas)
+        scoring.chosen(method, bank, round(fraction * len(bank)), point.seed, replica, **options)
+        for replica, bank in enumerate(own)
     ]
     return Subset(columns, rows)
 
 
 def retrained(
     job: Job[Config, Any],
-    banks: Sequence[Bank],
+    drawn: Sequence[Sequence[Bank]],
     subsets: Sequence[Sequence[Subset]],
     name: str | None = None,
 ) -> pl.DataFrame:
-    """Train every subset of every point from scratch, with seeds paired across subsets.
+    """Train every subset of every point from scratch, with seeds paired across subsets, each on
+    the labels of its own draw: ``drawn[p][replica]``.
 
     The members' table with, for each, ``kept``, ``rarest`` (examples of the class that has fewest
     left), ``wrong`` (the part whose labels are wrong), and of the last epoch ``test_accuracy``
@@ -208,7 +216,7 @@ def retrained(
     rows = np.zeros((len(chosen), n), np.int32)
     for k, kept in enumerate(chosen):
         rows[k, : len(kept)] = kept
-    own = [banks[p] for p in members["point"]]
+    own = [drawn[p][replica] for p, replica in members.select("point", "replica").rows()]
     trained = scoring.fitted(
         job,
         config,
@@ -236,13 +244,17 @@ def retrained(
 
 
 def scored(banks: Sequence[Bank]) -> pl.DataFrame:
-    """A row for each (point, replica) of the scoring runs: the step at which it ``diverged``."""
+    """A row for each (point, replica) of the scoring runs: its draw, and where it ``diverged``."""
     return pl.concat([bank.runs.with_columns(point=pl.lit(p)) for p, bank in enumerate(banks)])
 
 
 def shared(banks: Sequence[Bank]) -> dict[str, Array]:
     """What the scoring stage says of the examples."""
-    return over_points([{name: bank[name] for name in SHARED} for bank in banks])
+    stored = {name: banks[0].arrays[name] for name in SHARED}
+    return {
+        name: Array(np.stack([bank[name] for bank in banks]), ("point", *array.dims))
+        for name, array in stored.items()
+    }
 
 
 def over_points(parts: Sequence[dict[str, np.ndarray]]) -> dict[str, Array]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,17 +10,18 @@ import numpy as np
 import polars as pl
 
 from dynamics import config as configs
-from dynamics import optim, record, scores, statistics, training
+from dynamics import optim, record, scores, training
 from dynamics.data import corrupt
 from dynamics.data.sources import Splits
 from dynamics.probes import AreaUnderMargin, Cartography, Forgetting, Score, VarianceOfGradients
 from dynamics.record import Array, Findings
 from dynamics.training import Trained
 from dynamics.types import Batch, Dataset, Task, TrainState
+from experiments.data_diet.bank import Bank
 from experiments.data_diet.config import Config, Method, ScoringConfig, scoring_part
 from experiments.experiment import Experiment, Job, indices
 
-SCORING, RETRAINING, RANDOM, CHILD, OTHER = range(5)  # purposes of the seed
+SCORING, RETRAINING, RANDOM, CHILD, OTHER, DRAW = range(6)  # purposes of the seed
 STREAMED = {  # (probe, metric) of the training stream -> the score
     ("forgetting", "events"): "forgetting",
     ("aum", "margin"): "aum",
@@ -31,48 +31,24 @@ STREAMED = {  # (probe, metric) of the training stream -> the score
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Bank:
-    """Every score of every example of one point."""
-
-    arrays: dict[str, Array]  # f32[epoch, replica, example], [replica, example] or [example]
-    runs: pl.DataFrame  # replica, and the step at which it diverged, null if it did not
-
-    def __len__(self) -> int:
-        """The number of examples."""
-        return len(self["index"])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        """An array that has no epochs: labels, say."""
-        return self.arrays[name].values
-
-    def at(self, score: str, epoch: float) -> np.ndarray:
-        """f32[R, N]: a score at an epoch."""
-        return self.arrays[score].at(epoch=epoch).values
-
-    def has(self, score: str, epoch: float) -> bool:
-        """Whether a score was taken at an epoch."""
-        return score in self.arrays and epoch in self.arrays[score].coords["epoch"]
-
-    def mean(self, score: str, epoch: float | None = None) -> np.ndarray:
-        """f64[N]: a score averaged over the runs that did not diverge; zeros if all did.
-
-        An example that no run was shown in time counts as the hardest: infinite at the hard end.
-        """
-        found = self[score] if epoch is None else self.at(score, epoch)
-        if found.ndim == 1:
-            return found.astype(np.float64)
-        whole = found[self.runs["diverged"].is_null().to_numpy()]
-        if not len(whole):
-            return np.zeros(found.shape[1])
-        average, _ = statistics.over_replicas(whole)
-        hardest = np.inf if scores.HARD[score] == "high" else -np.inf
-        return np.where(np.isnan(average), hardest, average)
-
-
 def banks(job: Job[Config, Any]) -> list[Bank]:
     """The scores of each point of a job: from the disk, or computed and stored."""
     return banks_of(job, job.points)
+
+
+def drawn(banks: Sequence[Bank], replicas: int) -> list[list[Bank]]:
+    """The scores of each (point, replica) of a study: replica r takes those of draw r.
+
+    So no two replicas share a run that scored or a label that was drawn, and their spread is that
+    of the whole method.
+    """
+    return [[bank.draw(r) for r in range(replicas)] for bank in banks]
+
+
+def seed_of(seed: int, draw: int) -> int:
+    """The seed of what is drawn anew in each draw: wrong labels, and the order of ties."""
+    entropy = np.random.SeedSequence([seed, DRAW, draw])
+    return int(entropy.generate_state(1)[0]) if draw else seed
 
 
 def banks_of(job: Job[Any, Any], points: Sequence[Config]) -> list[Bank]:
@@ -89,20 +65,22 @@ def banks_of(job: Job[Any, Any], points: Sequence[Config]) -> list[Bank]:
 
 
 def score(job: Job[ScoringConfig, Any]) -> Findings:
-    """Train ``score.replicas`` runs of each point and score every example on the way.
+    """Train ``score.replicas`` runs for each draw of each point, score every example on the way.
 
     Arrays f32[epoch, replica, example] in dataset order: el2n, grand, loss, entropy and
     logit_margin in evaluation mode; forgetting, aum, confidence and variability of the training
     stream up to there; vog and pvi if asked for. Also ``tracin`` f32[replica, example] of the
-    epochs scored, ``input_norm`` f32[example], ``index`` i32 into the file, ``labels`` i32 trained
-    on, ``clean`` i32, and ``mislabelled`` bool. Frames: ``scored``, for each replica the step at
-    which it ``diverged``, if it did; ``loss``, for each (replica, step).
+    epochs scored, ``input_norm`` f32[example], ``index`` i32 into the file, ``clean`` i32 labels,
+    ``labels`` i32[draw, example] trained on, and ``mislabelled`` bool[draw, example]. Frames:
+    ``scored``, for each replica its draw, and the step at which it ``diverged``, if it did;
+    ``loss``, for each (replica, step).
     """
-    config, data = job.config, job.data
+    config, data, draws = job.config, job.data, job.config.score.draws
     members = job.members(lambda point, _: [point.train.optimizer.hyperparameters()],
-                          config.score.replicas)  # fmt: skip
-    noisy = [_noisy(point, data) for point in job.points]
-    labels = np.stack([noisy[p].labels for p in members["point"]])
+                          draws * config.score.replicas)  # fmt: skip
+    members = members.with_columns(draw=pl.col("replica") // config.score.replicas)
+    noisy = [[_noisy(point, data, d) for d in range(draws)] for point in job.points]
+    labels = np.stack([noisy[p][d].labels for p, d in members.select("point", "draw").rows()])
     epochs = {training.steps(config.train, data, e): e for e in config.score.epochs}
     trained = _scored(job, members, labels, epochs)
     found = {name: _unstacked(array, trained, epochs) for name, array in _named(trained).items()}
@@ -112,11 +90,12 @@ def score(job: Job[ScoringConfig, Any]) -> Findings:
         both = found["loss"].among("epoch", losses.coords["epoch"].tolist())
         found["pvi"] = losses._replace(values=np.asarray(scores.pvi(both.values, losses.values)))
     found["tracin"] = _tracin(job, found["grand"], epochs)
-    for name in ("labels", "clean", "mask"):
-        stored = np.stack([getattr(one, name) for one in noisy])
-        found["mislabelled" if name == "mask" else name] = Array(stored, ("point", "example"))
+    for name, stored in (("labels", "labels"), ("mask", "mislabelled")):
+        values = np.stack([[getattr(one, name) for one in mine] for mine in noisy])
+        found[stored] = Array(values, ("point", "draw", "example"))
+    found["clean"] = Array(noisy[0][0].clean, ("example",))
     frames = {
-        "scored": trained.members.select("point", "replica", "diverged"),
+        "scored": trained.members.select("point", "draw", "replica", "diverged"),
         "loss": trained.rows.select("point", "replica", "step", "loss"),
     }
     norms = {"input_norm": Array(_input_norm(data), ("example",))}
@@ -236,19 +215,22 @@ def chosen(
     balanced: bool = False,
     cutoff: float = 0.1,
 ) -> np.ndarray:
-    """i32[count]: the rows that a method keeps; a random subset is drawn for each paired seed."""
-    labels = bank["labels"] if balanced else None
+    """i32[count]: the rows that a method keeps by the scores of one draw, ``replica``.
+
+    Random subsets and the order of ties are drawn for each.
+    """
+    labels, ties = bank["labels"] if balanced else None, seed_of(seed, replica)
     if method == "random":
         draw = np.random.SeedSequence([seed, RANDOM, replica]).generate_state(1)[0]
         return scores.random(len(bank), count, labels=labels, seed=int(draw))
     if method == "coverage":
-        return scores.coverage_centric(bank.mean("el2n", at), count, cutoff=cutoff, seed=seed)
+        return scores.coverage_centric(bank.mean("el2n", at), count, cutoff=cutoff, seed=ties)
     name, _, end = method.rpartition("_")
     kind, at = (name[: -len("_init")], 0.0) if name.endswith("_init") else (name, at)
     high = scores.HARD[kind] == "high"
     which = "highest" if (end == "hard") == high else "lowest"
     mean = bank.mean(kind) if kind == "input_norm" else bank.mean(kind, at)
-    return scores.keep(mean, count, which, labels=labels, seed=seed)
+    return scores.keep(mean, count, which, labels=labels, seed=ties)
 
 
 def _loss(task: Task, state: TrainState, batch: Batch) -> dict[str, jax.Array]:
@@ -289,9 +271,9 @@ def _rates(rule: optim.Optimizer, trained: Sequence[int], num_steps: int) -> lis
     return [rule.learning_rate * float(shape(jnp.int32(step))) for step in trained]
 
 
-def _noisy(point: ScoringConfig, data: Splits) -> corrupt.Noisy:
+def _noisy(point: ScoringConfig, data: Splits, draw: int) -> corrupt.Noisy:
     y = np.asarray(data.train.y)
-    return corrupt.symmetric(y, point.noise, data.num_classes, point.seed)
+    return corrupt.symmetric(y, point.noise, data.num_classes, seed_of(point.seed, draw))
 
 
 def _input_norm(data: Splits) -> np.ndarray:

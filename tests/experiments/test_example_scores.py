@@ -11,7 +11,7 @@ from dynamics.statistics import auc, spearman
 from dynamics.training import Train
 from experiments import data_diet
 from experiments.data_diet import Config, Ranking, Scoring
-from experiments.data_diet.scoring import Bank
+from experiments.data_diet.bank import Bank
 
 NOISE = (0.0, 0.1, 0.2, 0.4)
 
@@ -19,11 +19,11 @@ NOISE = (0.0, 0.1, 0.2, 0.4)
 @pytest.fixture(scope="module")
 def banks() -> dict[float, Bank]:
     """Scores of 10 runs at each noise rate."""
-    score = Scoring(replicas=10, also=("vog", "pvi"))
+    score = Scoring(draws=1, replicas=10, also=("vog", "pvi"))
     points = configs.grid(Config(score=score, study=Ranking()), {"noise": NOISE})
     found = data_diet.sweep(points, data_diet.load(points[0]))
     return {
-        noise: Bank(one.arrays, one.frames["scored"])
+        noise: Bank(one.arrays, one.frames["scored"]).draw(0)
         for noise, one in zip(NOISE, found, strict=True)
     }
 
@@ -65,11 +65,11 @@ def test_early_el2n_and_aum_find_wrong_labels(banks: Any, noise: float) -> None:
 
 
 def test_memorisation_hides_wrong_labels_from_el2n_but_not_from_aum() -> None:  # S8
-    score = Scoring(epochs=(2.0, 40.0), replicas=8)
+    score = Scoring(epochs=(2.0, 40.0), draws=1, replicas=8)
     train = Train(optimizer=SGD(learning_rate=0.05))
     config = Config(train=train, score=score, study=Ranking(scored_at=2.0), noise=0.2)
     found = data_diet.run(config, data_diet.load(config))
-    bank = Bank(found.arrays, found.frames["scored"])
+    bank = Bank(found.arrays, found.frames["scored"]).draw(0)
     wrong = bank["mislabelled"]
     early, late = (auc(bank.mean("el2n", epoch), wrong) for epoch in (2, 40))
     assert early - late >= 0.03

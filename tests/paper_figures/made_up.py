@@ -9,7 +9,7 @@ import polars as pl
 
 from dynamics import record
 
-REPLICAS, EXAMPLES, SCORINGS = 4, 60, 4
+REPLICAS, EXAMPLES, SCORINGS, DRAWS = 4, 60, 4, 2
 FRACTIONS = (0.2, 0.3, 0.5)
 EPOCHS = (0.0, 1.0, 5.0, 20.0)
 DROPPED = (0.0, 0.05, 0.1, 0.25, 0.7)
@@ -18,7 +18,7 @@ CONFIG = {
     "data": {"kind": "DataConfig", "source": "digits"},
     "model": {"kind": "MLP", "width": 128, "depth": 2},
     "train": {"kind": "Train", "optimizer": {"kind": "SGD", "learning_rate": 0.02}},
-    "score": {"kind": "Scoring", "epochs": list(EPOCHS), "replicas": SCORINGS},
+    "score": {"kind": "Scoring", "epochs": list(EPOCHS), "draws": DRAWS, "replicas": 2},
     "noise": 0.0,
     "seed": 0,
 }
@@ -164,7 +164,7 @@ def made(kind, cells, replicas, arrays, study, config):
     arrays = {"index": np.arange(EXAMPLES, dtype=np.int32), **arrays}
     config = {**CONFIG, "study": {"kind": kind, "replicas": replicas, **study}, **config}
     fingerprint = f"{zlib.crc32(str(config).encode()):08x}00c0ffee"
-    scored = [{"replica": r, "diverged": None} for r in range(SCORINGS)]
+    scored = [{"draw": r // 2, "replica": r, "diverged": None} for r in range(SCORINGS)]
     frames = {kind.lower(): rows, "scored": scored}
     return run_of("data_diet", config, frames, arrays, fingerprint)
 
@@ -219,5 +219,6 @@ def expected(claims, wanted, *, scale=SCALE):
         assert math.isclose(claim.effect, effect, abs_tol=1e-9), quantity
         assert all(math.isclose(end, effect, abs_tol=1e-9) for end in claim.interval), quantity
         assert (claim.gate, claim.kind, claim.scale) == (gate, kind, scale)
-        assert claim.seeds == (SCORINGS if "Spearman" in quantity else REPLICAS)
+        runs = DRAWS if claim.scale == NOISY_SCALE else SCORINGS  # wrong labels are drawn, too
+        assert claim.seeds == (runs if "Spearman" in quantity else REPLICAS)
         assert claim.holds, quantity

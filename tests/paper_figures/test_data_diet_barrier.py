@@ -46,6 +46,7 @@ def made_up(points=NOISY, noise=0.2, replicas=REPLICAS, independent=True):
         "kind": "Config",
         "data": {"kind": "DataConfig", "source": "digits"},
         "model": {"kind": "MLP", "width": 128, "depth": 1},
+        "score": {"kind": "Scoring", "draws": 8, "replicas": 4},
         "study": {"kind": "Connectivity", "epochs": EPOCHS, "examples": 30, "scored_at": 5.0},
         "noise": noise,
     }

@@ -18,11 +18,12 @@ from made_up_scores import (
 
 from dynamics import statistics
 from paper_figures import data_diet_correlation as figure
+from paper_figures.data_diet import Draws
 
 SAME = "Spearman(EL2N @ 5, GraNd @ 5)"
 NORM = "Spearman(GraNd at init, input norm)"
 SOON = "Spearman(EL2N @ 5, EL2N @ 20)"
-HALVES = "Spearman(EL2N @ 5, itself), 3 runs each - one each"
+HALVES = "Spearman(EL2N @ 5, itself), 4 runs each - one each"
 NOTHING = "|Spearman(GraNd at init, EL2N @ 5)|"
 
 
@@ -46,7 +47,7 @@ def test_averaging_helps_as_much_as_it_should():
     rng = np.random.default_rng(0)
     replicas = rng.normal(size=4000) + rng.normal(size=(8, 4000))
     for count, expected in ((1, 1 / 2), (2, 2 / 3), (4, 4 / 5)):
-        found = figure.agreement(replicas, count)
+        found = figure.agreement(replicas, count, Draws([np.arange(8)], True))
         expected = 6 / math.pi * math.asin(expected / 2)  # Spearman's of a normal pair
         assert found.mean == pytest.approx(expected, abs=0.03)
         assert found.low < found.mean < found.high
@@ -58,9 +59,10 @@ def test_agreement_is_spearman_of_disjoint_averages():
     replicas = np.random.default_rng(1).normal(size=(4, 50)) + np.arange(50) / 20
     means = [replicas[[i, (i + 1) % 4]].mean(axis=0) for i in range(4)]
     by_hand = np.mean([statistics.spearman(means[i], means[(i + 2) % 4]) for i in range(4)])
-    assert figure.agreement(replicas, 2).mean == pytest.approx(by_hand)
+    draws = Draws([np.arange(4)], True)
+    assert figure.agreement(replicas, 2, draws).mean == pytest.approx(by_hand)
     pairs = [statistics.spearman(replicas[i], replicas[(i + 1) % 4]) for i in range(4)]
-    assert figure.agreement(replicas, 1).mean == pytest.approx(np.mean(pairs))
+    assert figure.agreement(replicas, 1, draws).mean == pytest.approx(np.mean(pairs))
 
 
 def test_noise_lowers_the_gate_and_drops_the_claim_on_late_scores():
@@ -140,7 +142,7 @@ def test_the_same_bytes_twice(tmp_path):
         (lambda r: with_array(r, "input_norm", None), "no array 'input_norm'"),
         (lambda r: with_array(r, "input_norm", np.ones(7)), "got shape \\(1, 7\\)"),
         (lambda r: with_config(r, study={"kind": "Ranking"}), "no 'study.scored_at'"),
-        (lambda r: ranking(replicas=3), "score.replicas must be >= 4 .* got 3"),
+        (lambda r: ranking(replicas=3), "score.replicas must be >= 4 .* got 1"),
     ],
 )
 def test_what_a_run_lacks_is_named(tmp_path, broken, message):

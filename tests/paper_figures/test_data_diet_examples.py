@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from made_up_scores import (
     CLASSES,
+    DRAWS,
     REPLICAS,
     SHOWN,
     claims_of,
@@ -21,14 +22,15 @@ from paper_figures import data_diet_examples as figure
 
 ENDS = "2 hardest - 2 easiest of each class"
 WRONG = f"wrong, {ENDS}"
-AGREED = f"{ENDS}, chosen by 3 runs, measured by 3 others"
+AGREED = f"{ENDS}, chosen by 2 runs, measured by 2 others"
+AGREED_CLEAN = f"{ENDS}, chosen by 4 runs, measured by 4 others"
 INPUTS = "|wrong, 2 largest - 2 smallest inputs of each class|"
 INPUTS_CLEAN = "|2 largest - 2 smallest inputs of each class|"
 MARKED = "wrong labels among the shown"
 
 
 def by_hand(run, values, by):
-    labels, out = value(run, "labels"), []
+    labels, out = value(run, "labels")[0], []
     for c in range(CLASSES):
         mine = sorted(np.flatnonzero(labels == c), key=lambda row: by[row])
         out.append(values[mine[-SHOWN:]].mean() - values[mine[:SHOWN]].mean())
@@ -40,10 +42,10 @@ def test_the_hardest_are_all_wrong_and_the_easiest_none():
     claims = claims_of(figure, run)
     assert list(claims) == [WRONG, AGREED, INPUTS]
     assert (claims[WRONG].effect, claims[WRONG].interval) == (1.0, (1.0, 1.0))
-    assert claims[WRONG].holds and claims[WRONG].seeds == REPLICAS
+    assert claims[WRONG].holds and claims[WRONG].seeds == DRAWS
     el2n = value(run, "el2n", 5.0)[0].astype(float)
     assert claims[AGREED].effect == pytest.approx(by_hand(run, el2n, el2n))
-    wrong = value(run, "mislabelled").astype(float)
+    wrong = value(run, "mislabelled")[0].astype(float)
     expected = abs(by_hand(run, wrong, value(run, "input_norm")))
     assert claims[INPUTS].effect == pytest.approx(expected)
     assert claims[INPUTS].kind == "control"
@@ -52,7 +54,7 @@ def test_the_hardest_are_all_wrong_and_the_easiest_none():
 def test_clean_labels_have_another_control():
     run = ranking(noise=0.0)
     claims = claims_of(figure, run)
-    assert list(claims) == [AGREED, INPUTS_CLEAN, MARKED]
+    assert list(claims) == [AGREED_CLEAN, INPUTS_CLEAN, MARKED]
     el2n = value(run, "el2n", 5.0)[0].astype(float)
     expected = abs(by_hand(run, el2n, value(run, "input_norm")))
     assert claims[INPUTS_CLEAN].effect == pytest.approx(expected)
@@ -63,8 +65,8 @@ def test_a_score_of_noise_does_not_agree():
     run = ranking()
     noise = np.random.default_rng(0).random(value(run, "el2n", 5.0).shape).astype(np.float32)
     run = with_score(run, "el2n", 5.0, noise)
-    mean = noise.astype(float).mean(axis=0)
-    labels = value(run, "labels")
+    mean = noise[: REPLICAS // DRAWS].astype(float).mean(axis=0)  # of the first draw
+    labels = value(run, "labels")[0]
     by_class = [[r for r in np.argsort(mean) if labels[r] == c] for c in range(CLASSES)]
     shown = np.array([[c[::-1][:SHOWN] for c in by_class], [c[:SHOWN] for c in by_class]])
     claims = claims_of(figure, with_array(run, "shown", shown))
@@ -72,7 +74,7 @@ def test_a_score_of_noise_does_not_agree():
 
 
 def test_wrong_labels_among_the_easiest_do_not_hold():
-    wrong = value(ranking(), "mislabelled")
+    wrong = value(ranking(), "mislabelled")[0]
     easy = ranking(hardness=np.arange(len(wrong)) / len(wrong) - wrong)
     claims = claims_of(figure, easy)
     assert (claims[WRONG].effect, claims[WRONG].holds) == (-1.0, False)
@@ -132,7 +134,7 @@ def test_the_same_bytes_twice(tmp_path):
         (lambda r: with_array(r, "shown", value(r, "shown")[::-1]), "not the examples of extreme"),
         (lambda r: with_array(r, "clean", None), "no array 'clean'"),
         (lambda r: with_config(r, study={"kind": "Ranking"}), "no 'study.scored_at'"),
-        (lambda r: ranking(replicas=3), "score.replicas must be >= 4 .* got 3"),
+        (lambda r: ranking(replicas=3), "score.replicas must be >= 4 .* got 1"),
     ],
 )
 def test_what_a_run_lacks_is_named(tmp_path, broken, message):
@@ -145,6 +147,6 @@ def test_the_experiments_choice_is_ours():
     """The rows of extremes are those of the stable order that ``rank`` takes."""
     run = ranking(spread=0.2)
     study = figure._study([run])
-    mean = value(run, "el2n", 5.0).astype(float).mean(axis=0)
-    np.testing.assert_array_equal(study.extremes(mean), value(run, "shown"))
+    mean = value(run, "el2n", 5.0)[: REPLICAS // DRAWS].astype(float).mean(axis=0)
+    np.testing.assert_array_equal(study.extremes(mean, 0), value(run, "shown"))
     assert statistics.spearman(mean, value(run, "el2n", 5.0)[0]) > 0.5

@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 from made_up import with_rows
 from made_up_scores import (
+    DRAWS,
     REPLICAS,
     N,
     claims_of,
@@ -24,9 +25,9 @@ from dynamics import statistics
 from paper_figures import data_diet_mislabelled as figure
 from paper_figures.data_diet_scores import Score
 
-EL2N = f"AUC of EL2N after 5 epochs, averaged over {REPLICAS} runs"
+EL2N = f"AUC of EL2N after 5 epochs, averaged over {REPLICAS // DRAWS} runs"
 SINGLE = "AUC of EL2N after 5 epochs, of one run"
-AUM = f"AUC of AUM after 20 epochs, averaged over {REPLICAS} runs"
+AUM = f"AUC of AUM after 20 epochs, averaged over {REPLICAS // DRAWS} runs"
 CONTROLS = ("|AUC - 0.5| of GraNd at init", "|AUC - 0.5| of the input norm",
             "AUC of VoG after 20 epochs")  # fmt: skip
 
@@ -37,9 +38,9 @@ def test_scores_that_rank_wrong_labels_first_have_an_area_of_one():
     for quantity in (EL2N, SINGLE, AUM):
         claim = claims[quantity]
         assert (claim.effect, claim.interval, claim.kind) == (1.0, (1.0, 1.0), "claim")
-        assert claim.holds and claim.seeds == REPLICAS
+        assert claim.holds and claim.seeds == DRAWS
     assert all(claims[quantity].kind == "control" for quantity in CONTROLS)
-    wrong = value(ranking(), "mislabelled")
+    wrong = value(ranking(), "mislabelled")[0]
     off = abs(statistics.auc(value(ranking(), "input_norm"), wrong) - 0.5)
     assert claims[CONTROLS[1]].effect == pytest.approx(off)
     assert claims[CONTROLS[0]].effect == pytest.approx(off)  # the same order
@@ -47,7 +48,7 @@ def test_scores_that_rank_wrong_labels_first_have_an_area_of_one():
 
 def test_a_known_part_is_found():
     """Of 18 wrong labels, 2 the easiest of all: each is below all 72 right ones."""
-    wrong = value(ranking(), "mislabelled")
+    wrong = value(ranking(), "mislabelled")[0]
     hardness = np.where(wrong, 2.0, 1.0) + np.arange(N) / (10 * N)
     hardness[np.flatnonzero(wrong)[:2]] = [0.1, 0.2]
     claims = claims_of(figure, ranking(hardness=hardness))
@@ -80,7 +81,7 @@ def test_controls_that_know_the_labels_do_not_hold():
 
 def test_never_learned_is_hardest_and_never_shown_counts_for_nothing():
     run = ranking()
-    wrong = value(run, "mislabelled")
+    wrong = value(run, "mislabelled")[0]
     forgetting = np.where(wrong, np.inf, np.arange(N) % 3).astype(np.float32)
     forgetting = np.tile(forgetting, (REPLICAS, 1))
     forgetting[0] = np.nan  # this run was shown nothing yet
@@ -153,15 +154,21 @@ def test_scores_not_asked_for_are_left_out(tmp_path):
         (lambda r: with_score(r, "el2n", 5.0, None), "'el2n': the array has no epoch 5.0"),
         (lambda r: with_score(r, "aum", 5.0, None), "'aum': the array has no epoch 5.0"),
         (lambda r: with_array(r, "tracin", None), "no array 'tracin'"),
-        (lambda r: with_array(r, "mislabelled", None), r"'mislabelled' must be bool\[90\], got no"),
-        (lambda r: with_array(r, "mislabelled", np.ones(90, bool)), "got 90 wrong of 90"),
-        (lambda r: with_array(r, "loss", np.ones((4, 2, 90))), "6 replicas and 90 examples, got"),
-        (lambda r: with_rows(r, lambda _: scored(6, 3), "scored"), "scoring replica 0 diverged"),
+        (
+            lambda r: with_array(r, "mislabelled", None),
+            r"'mislabelled' must be bool\[2, 90\], got no",
+        ),
+        (
+            lambda r: with_array(r, "mislabelled", np.ones((2, 90), bool)),
+            r"got \[90, 90\] wrong of 90",
+        ),
+        (lambda r: with_array(r, "loss", np.ones((4, 2, 90))), "8 replicas and 90 examples, got"),
+        (lambda r: with_rows(r, lambda _: scored(8, 3), "scored"), "scoring replica 0 diverged"),
         (lambda r: with_config(r, score={}), "no 'score.epochs' in its config"),
         (lambda r: with_rows(r, lambda rows: rows.drop("auc")), "no column 'auc'"),
         (
             lambda r: with_rows(r, lambda rows: rows.filter(pl.col("replica") != 2)),
-            "each of 6 replicas",
+            "each of 8 replicas",
         ),
     ],
 )

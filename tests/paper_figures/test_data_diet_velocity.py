@@ -35,6 +35,7 @@ def made_up(shape, wrong=(0.0,) * GROUPS, noise=0.0, replicas=REPLICAS, control=
         "kind": "Config",
         "data": {"kind": "DataConfig", "source": "digits"},
         "model": {"kind": "MLP", "width": 128, "depth": 2},
+        "score": {"kind": "Scoring", "draws": 8, "replicas": 4},
         "study": {"kind": "Velocity", "epochs": EPOCHS, "examples": 10, "scored_at": 5.0},
         "noise": noise,
     }
@@ -144,7 +145,7 @@ def change(run, column, value):
         (lambda r: change(r, "velocity", None), "got None for rank .* diverged"),
         (lambda r: change(r, "velocity", 0.0), "velocity must be above 0"),
         (lambda r: change(r, "mislabelled", 1.0), "of lowest EL2N must have right labels"),
-        (lambda r: change(r, "mislabelled", 3.0), r"one part in \[0, 1\] for each group"),
+        (lambda r: change(r, "mislabelled", 3.0), r"a part in \[0, 1\] for each group"),
         (lambda r: with_rows(r, lambda f: f.filter(pl.col("rank") < 0.3)), "4 groups .* got 3"),
         (lambda r: with_rows(r, lambda f: f[:-1]), "same replicas everywhere"),
         (lambda r: r._replace(config={"study": r.config["study"]}), "no '.*' in its config"),

@@ -45,10 +45,17 @@ def test_the_correlation_is_of_the_averages_and_stays_in_its_range():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(5, 40))
     b = a.mean(axis=0) + 0.01 * rng.normal(size=40)
-    rho = data_diet.correlation(a, b[None])
+    draws = data_diet.Draws([np.arange(5)], True)
+    rho = data_diet.correlation(a, b[None], draws)
     assert rho.mean == statistics.spearman(a.mean(axis=0), b)
     assert -1 <= rho.low <= rho.mean <= rho.high <= 1
-    assert data_diet.correlation(a[:1], b[None])[1:] == (-math.inf, math.inf)
+    one = data_diet.Draws([np.array([0])], True)
+    assert data_diet.correlation(a[:1], b[None], one)[1:] == (-math.inf, math.inf)
+    noisy = data_diet.Draws([np.array([0, 1]), np.array([2, 3, 4])], False)
+    each = [statistics.spearman(a[mine].mean(axis=0), b) for mine in noisy.runs]
+    rho = data_diet.correlation(a, b[None], noisy)
+    assert rho.mean == pytest.approx(np.mean(each))  # of averages on the same labels, over draws
+    assert (noisy.count, noisy.seeds) == (2, 2) and noisy.first.tolist() == [0, 1]
 
 
 def test_an_array_is_read_whole_or_at_a_label():

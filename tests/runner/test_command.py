@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 PRESET = "configs/data_diet/digits.py"
 SMALL = [
     *("--data.num-train", "200", "--data.num-test", "50", "--train.batch-size", "20"),
-    *("--score.replicas", "2", "--study.scored-at", "1"),
+    *("--score.draws", "2", "--score.replicas", "2", "--study.scored-at", "1"),
     *("--study.replicas", "2", "--study.epochs", "1"),
 ]
 EPOCHS = ["--score.epochs", "0", "1", "--score.also"]  # of one run
@@ -84,13 +84,13 @@ def check_export(run: Path, out: Path) -> None:
         np.testing.assert_array_equal(table[name].to_numpy(), values)
     np.testing.assert_array_equal(columns["index"], arrays["index"])
     np.testing.assert_allclose(columns["el2n"], arrays["el2n"].mean(axis=0), rtol=1e-6)
-    error = arrays["el2n"].std(axis=0, ddof=1) / np.sqrt(2)
+    error = arrays["el2n"].std(axis=0, ddof=1) / np.sqrt(4)  # of 2 draws
     np.testing.assert_allclose(columns["el2n_se"], error, rtol=1e-4, atol=1e-9)
     subset, about = np.load(out / "subset.npz"), json.loads((out / "subset.json").read_text())
     expected = scores.window(columns["el2n"], 60, drop=20)
     np.testing.assert_array_equal(subset["row"], expected)
     np.testing.assert_array_equal(subset["index"], arrays["index"][expected])
-    assert about["run"] == run.name and about["replicas"]["el2n"] == 2
+    assert about["run"] == run.name and about["replicas"]["el2n"] == 4
     assert about["data"] == record.read(run).provenance["data"]
     assert about["chosen"]["count"] == 60
     for wrong in (("--keep", "2"), ("--keep", "0.5", "--score", "el3n")):
