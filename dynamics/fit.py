@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, nullcontext
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from dynamics import hosts, identity, population, record, step
+from dynamics import counts, hosts, identity, population, record, step
 from dynamics import mesh as meshes
 from dynamics.artefact import load, save, status
 from dynamics.book import ROWS, Book
@@ -63,13 +63,18 @@ def init(
     machine that is not here. ValueError: another length or shape, a path that is not there, paths
     without params.
     """
+    if jnp.ndim(keys) != 1:
+        raise ValueError(
+            f"keys must be one for each member, [K], got shape {jnp.shape(keys)}: "
+            "jax.random.split(key, K) makes them"
+        )
     k = len(keys)
     meshes.check(mesh, k)
     scalars = {}
     for name, value in hyperparameters.items():
         array = np.asarray(value, np.float32)
         if array.shape not in ((), (k,)):
-            raise ValueError(f"{name} must be one number or {k}, one a replica, got {array.shape}")
+            raise ValueError(f"{name} must be one number or {k}, one a member, got {array.shape}")
         scalars[name] = np.broadcast_to(array, (k,))
 
     make = functools.partial(_begun, task, optimizer)
@@ -334,31 +339,28 @@ def _check(
     for leaf in jax.tree.leaves(stream.own):
         if leaf.shape[0] != k:
             raise ValueError(
-                f"the stream is for {leaf.shape[0]} replicas, the state has {k}: give both the same"
+                f"the stream is for {leaf.shape[0]} members, the state has {k}: give both the same"
             )
     if len({task.num_examples, stream.num_examples} - {None}) > 1:
         raise ValueError(
             f"the task has tables for {task.num_examples} examples, the stream's dataset has "
             f"{stream.num_examples}: make the task for the dataset it is trained on"
         )
+    counts.check(accumulate=accumulate)
     if stream.batch_size % accumulate:
         raise ValueError(
             f"accumulate must divide the batch size {stream.batch_size}, got {accumulate}"
         )
-    counts = {
-        "num_steps": num_steps + 1,
-        "checkpoint_every": 1 if checkpoint_every is None else checkpoint_every,
-        "record_every": record_every,
-    }
+    counts.check(0, num_steps=num_steps)
+    counts.check(checkpoint_every=checkpoint_every, record_every=record_every)
     watching = [*probes, *([revision] if revision is not None else [])]
-    counts |= {
-        f"every of {p.name!r}": p.every
-        for p in watching
-        if isinstance(getattr(p, "every", None), int)
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be a positive number of steps, got {value}")
+    for p in watching:
+        name, every = f"every of {p.name!r}", getattr(p, "every", None)
+        if isinstance(every, Collection):
+            for at in every:
+                counts.check(0, **{name: at})
+        else:
+            counts.check(**{name: every})
     names = [record.named(one.name) for one in watching]
     if ROWS in names:
         raise ValueError(f"a probe may not be named {ROWS!r}: the training steps' rows are")

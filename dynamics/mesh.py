@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
 
-from dynamics import hosts
+from dynamics import counts, hosts
 from dynamics.types import Leaf, Lies, PyTree, TrainState
 
 log = logging.getLogger(__name__)
@@ -93,8 +93,7 @@ def make(
     ``devices`` are those of another machine: see ``topology``.
     """
     sizes = dict(zip(AXES, (replica, data, model), strict=True))
-    if bad := {name: size for name, size in sizes.items() if size < 1}:
-        raise ValueError(f"mesh axes must be at least 1, got {bad}")
+    counts.check(**{f"mesh axis {name}": size for name, size in sizes.items()})
     there, needed = devices is not None, replica * data * model
     devices = jax.devices() if devices is None else devices
     if needed > len(devices):
@@ -129,7 +128,7 @@ def for_population(num_replicas: int, batch_size: int = 1) -> Mesh:
         return make(used, math.gcd(available // used, batch_size))
     if used < min(available, num_replicas):
         log.warning(
-            "%d replicas divide over %d of %d devices; a multiple of %d would use all of them",
+            "%d members divide over %d of %d devices; a multiple of %d would use all of them",
             *(num_replicas, used, available, available),
         )
     return make(used)
@@ -253,7 +252,7 @@ def check(mesh: Mesh, num_replicas: int, batch_size: int | None = None) -> None:
     """ValueError unless a population and its batches divide over the mesh."""
     if mesh.axis_names != AXES:
         raise ValueError(f"the mesh must have the axes {AXES}, got {mesh.axis_names}: mesh.make()")
-    sizes = {"replica": ("the number of replicas", num_replicas)}
+    sizes = {"replica": ("the number of members", num_replicas)}
     if batch_size is not None:
         sizes["data"] = ("the (micro)batch size", batch_size)
     for axis, (what, size) in sizes.items():

@@ -50,7 +50,7 @@ class Pace:
             self._said = now
             rate = self._rate or rate
             log.info(
-                "%s: step %d of %d, loss %.4g, %d replicas, %.3g steps/s, %.0f s left",
+                "%s: step %d of %d, loss %.4g, %d members, %.3g steps/s, %.0f s left",
                 *(self._name, fetched, self._num_steps, loss, self._replicas),
                 *(rate, (self._num_steps - fetched) / rate),
                 extra={

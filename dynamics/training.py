@@ -45,9 +45,15 @@ def net_of(model: models.Model, data: Splits) -> Task:
     return task.of_dataset(models.make(model, data.num_classes), data.train)
 
 
-def steps(train: Train, data: Splits, epochs: float) -> int:
-    """The steps of so many epochs of the full data, whatever is trained on."""
-    return round(epochs * (len(data.train) // train.batch_size))
+def steps(train: Train, data: Splits, epochs: float, name: str = "epochs") -> int:
+    """The steps of so many epochs of the full data, whatever is trained on.
+
+    ValueError: some training, but less than half a step of it.
+    """
+    an_epoch = len(data.train) // train.batch_size
+    if epochs and not (found := round(epochs * an_epoch)):
+        raise ValueError(f"{name} must be at least a step of {an_epoch} an epoch, got {epochs:g}")
+    return found if epochs else 0
 
 
 def batches(train: Train, data: Dataset, roots: jax.Array, **subset: Any) -> Stream:

@@ -9,7 +9,7 @@ The exit status is 0 if all that was asked for was drawn, 1 if something has no 
 drawn, 2 for a name that isn't known.
 """
 
-import argparse
+import difflib
 import importlib
 import json
 import pkgutil
@@ -21,7 +21,7 @@ from typing import Any
 
 import paper_figures
 from dynamics import record
-from paper_figures import draw
+from runner.errors import Parser, Refused, answered
 
 
 def figures() -> dict[str, ModuleType]:
@@ -35,24 +35,39 @@ def figures() -> dict[str, ModuleType]:
     return {n: m for n, m in modules.items() if hasattr(m, "EXPERIMENT") and hasattr(m, "draw")}
 
 
+@answered("python -m paper_figures")
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw what is asked for; the exit status."""
     known = figures()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m paper_figures",
+        allow_abbrev=False,
         description="Draw the figures of finished runs and measure their claims.",
         epilog=f"figures: {', '.join(known)}",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="a figure or an experiment")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="default: out")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="a figure, or an experiment for all of its own (default: all)",
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), help="folder of the runs (default: runs)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder to write to (default: out)"
+    )
     args = parser.parse_args(argv)
     meant = {
         name: [f for f, m in known.items() if name in (f, m.EXPERIMENT)] for name in args.names
     }
     for name in [name for name, mine in meant.items() if not mine]:
-        print(f"no figure {name!r}; there are: {', '.join(known)}", file=sys.stderr)
-        return 2
+        near = difflib.get_close_matches(name, [*known, *(m.EXPERIMENT for m in known.values())], 1)
+        perhaps = f"; perhaps {near[0]}" if near else f"; there are: {', '.join(known)}"
+        raise Refused(f"no figure {name!r}{perhaps}")
+    for flag, folder in (("--runs", args.runs), ("--out", args.out)):
+        if folder.exists() and not folder.is_dir():
+            raise Refused(f"{flag} must be a folder, got the file {folder}")
     meant = meant or {"": list(known)}
     asked = {f: m for f, m in known.items() if any(f in mine for mine in meant.values())}
     stored = {e: _stored(args.runs, e, asked) for e in {m.EXPERIMENT: 0 for m in asked.values()}}
@@ -115,6 +130,8 @@ def grouped(module: ModuleType, stored: Mapping[Path, dict[str, Any]]) -> list[l
 
 def _draw(figure: str, module: ModuleType, paths: list[Path], out: Path, *, newest: bool) -> bool:
     """Draw the runs of one figure and print its files and claims; whether that worked."""
+    from paper_figures import draw  # here, so that a missing matplotlib is told in one line
+
     name = figure if newest else f"{figure}-{paths[0].name[:8]}"
     try:
         runs = [record.read(path) for path in paths]

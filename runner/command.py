@@ -1,14 +1,15 @@
 """The command line: ``python -m experiments NAME [PRESET.py] [--flags]``; sweep, plan, export."""
 
+import contextlib
 import dataclasses
+import difflib
 import functools
 import importlib
-import itertools
-import json
 import pkgutil
 import runpy
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +20,14 @@ import tyro
 import experiments
 from dynamics import config as configs
 from dynamics import record
-from runner import export, launch, progress
+from runner import flags, launch, machine, progress
+from runner.errors import REFUSED, Refused, answer, answered, in_one_line
 
 DIVERGED = 4  # exit status: done, and no result
 
 USAGE = """\
 usage: python -m experiments NAME [PRESET.py] [--flags]
-           one run; NAME --help lists every value with its meaning and default
+           one run; NAME --help lists every field with its meaning and default
        python -m experiments sweep NAME [PRESET.py] [--field VALUE VALUE ...] ...
            every point of the grid; without fields, the preset's own sweep
            --workers 4                  in so many processes at a time, on this machine
@@ -48,6 +50,22 @@ several hosts: the same command on each; found by itself on SLURM, Open MPI, Kub
              DYNAMICS_PATIENCE  seconds to wait for one that does not arrive (default: 600)
 """
 
+SWEEP = """\
+usage: python -m experiments sweep {name} [PRESET.py] [--field VALUE VALUE ...] ...
+
+Every combination of the values given, or without fields every point of the preset's own sweep.
+Fields are those that  python -m experiments {name} --help  lists, with one value or several each;
+a value of a field that is a list is written as one: '[0, 1]'. What is finished is not computed
+again.
+
+All values of these fields are trained together, as one program; any other value is one more
+program: {together}
+
+Folders and devices (--runs, --data-folder, --mesh ...) are given as for one run, and
+--workers N   N processes at a time on this machine
+--slurm partition=gpu timeout_min=600 ...   SLURM jobs, with parameters as submitit names them
+"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Where:
@@ -58,80 +76,64 @@ class Where:
     data_folder: Path | None = None
     """Folder of the data sets; None: DYNAMICS_DATA"""
     mesh: tuple[int, int, int] | None = None
-    """Devices along replica, data and model; None: replicas over as many as divide them"""
+    """Devices along members (seeds, say), data and model; None: as many as divide the members"""
     verbose: bool = False
-    """Show the traceback of an error"""
+    """Show the traceback of an error, too"""
 
 
-class Refused(Exception):
-    """A command that can't be carried out; its text is all the user needs."""
-
-
+@answered("python -m experiments")
 def main(argv: Sequence[str]) -> int:
     """Carry out a command; the exit status, as the usage says."""
     names = [info.name for info in pkgutil.iter_modules(experiments.__path__) if info.ispkg]
-    usage = USAGE.format(names=", ".join(names))
+    machine.check()
     if argv[:1] == ["export"]:
+        from runner import export
+
         return export.main(argv[1:])
-    if (
-        not argv
-        or argv[0] in ("-h", "--help")
-        or (argv[0] in ("sweep", "plan") and list(argv[1:2]) in (["-h"], ["--help"]))
-    ):
-        print(usage)
-        return 0 if argv else 2
-    several, planned = argv[0] == "sweep", argv[0] == "plan"
-    rest = argv[1:] if several or planned else argv
-    name, rest = (rest[0] if rest else ""), list(rest[1:])
-    try:
-        if name not in names:
-            raise Refused(f"no experiment {name!r}; there are: {', '.join(names)}")
-        module = importlib.import_module(f"experiments.{name}")
-        preset = _preset(module, rest[0]) if rest and not rest[0].startswith("-") else {}
-        flags = rest[1:] if preset else rest
-        topology = _taken(flags, "--topology") if planned else ""
-        if several:
-            points, where, how = _sweep_points(module, preset, flags)
-        else:
-            (points, where), how = _one_point(module, preset, flags, name), None
-    except (Refused, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    several, planned = argv[:1] == ["sweep"], argv[:1] == ["plan"]
+    rest = list(argv[several or planned :])
+    name = rest.pop(0) if rest else ""
+    helped = bool({"-h", "--help"} & set(argv))
+    if not argv or (helped and (planned or name in ("-h", "--help"))):
+        print(USAGE.format(names=", ".join(names)))
+        return 0 if argv else REFUSED
+    if name not in names:
+        raise Refused(_no_experiment(name, names))
+    module = importlib.import_module(f"experiments.{name}")
+    preset = _preset(module, rest[0]) if rest and not rest[0].startswith("-") else {}
+    given = flags.words([word for word in rest[bool(preset) :] if word not in ("-h", "--help")])
+    config = preset.get("config") or module.Config()
+    if helped:
+        return _help(module, name, flags.chosen(config, given), several)
+    own = ["workers", "slurm"] if several else ["topology"] if planned else []
+    flags.check_known(given, config, [*own, *(field.name for field in dataclasses.fields(Where))])
+    where = flags.options(Where, given)
+    _check_folders(where)
     if planned:
-        return _plan(module, points[0], where, topology)
-    if how is not None:
-        return _launch(name, points, where, how)
-    return _run(module, name, points, where)
+        topology = " ".join(given.pop("topology", []))
+        if not topology:
+            raise Refused("plan needs --topology, as v5e:4x4, v5p:4x4x4 or cpu:64")
+        return _plan(module, flags.single(config, given), where, topology)
+    if not several:
+        return _run(module, name, (flags.single(config, given),), where)
+    how = launch.asked(given.pop("workers", None), given.pop("slurm", None))
+    points = flags.several(config, given) if given else _swept(module, preset, rest)
+    return _run(module, name, points, where) if how is None else _launch(name, points, where, how)
 
 
-def _taken(flags: list[str], name: str) -> str:
-    """The value of a flag that is not the config's, taken out of the others."""
-    if name not in flags[:-1]:
-        raise Refused(f"plan needs {name}, as v5e:4x4, v5p:4x4x4 or cpu:64")
-    at = flags.index(name)
-    value = flags[at + 1]
-    del flags[at : at + 2]
-    return value
+def _no_experiment(name: str, names: Sequence[str]) -> str:
+    if not name:
+        return f"the name of an experiment is missing; there are: {', '.join(names)}"
+    near = difflib.get_close_matches(name.lower().replace("-", "_"), names, 1)
+    perhaps = f"; perhaps {near[0]}" if near else f"; there are: {', '.join(names)}"
+    return f"no experiment {name!r}{perhaps}"
 
 
-def _plan(module: ModuleType, point: Any, where: Where, topology: str) -> int:
-    from dynamics import mesh as meshes
-    from dynamics.data import DataError
-    from runner import plan
-
-    try:
-        meshes.start(cache=False)  # it takes what was compiled for another machine for broken
-        devices = meshes.topology(topology)
-        data = module.load(point, where.data_folder)
-        make = functools.partial(meshes.make, devices=devices)
-        run = functools.partial(module.sweep, (point,), data)
-        print(plan.plan(run, make, topology, devices, where.mesh))
-    except (ValueError, OSError, DataError) as error:
-        if where.verbose:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def _check_folders(where: Where) -> None:
+    for name in ("runs", "data_folder"):
+        path = getattr(where, name)
+        if path is not None and path.exists() and not path.is_dir():
+            raise Refused(f"{flags.flag(name)} must be a folder, got the file {path}")
 
 
 def _preset(module: ModuleType, file: str) -> dict[str, Any]:
@@ -140,7 +142,15 @@ def _preset(module: ModuleType, file: str) -> dict[str, Any]:
     if not path.is_file():
         known = sorted(map(str, Path("configs").glob("*/*.py")))
         raise Refused(f"no preset file {file}; there are: {', '.join(known) or 'none here'}")
-    values = runpy.run_path(str(path))
+    try:
+        values = runpy.run_path(str(path))
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise Refused(f"{error.filename or file}{line}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+        text = answer(error) or in_one_line(error)
+        raise Refused(f"{file}, line {[0, *lines][-1]}: {text}") from error
     found = values.get("config")
     if not isinstance(found, module.Config):
         raise Refused(
@@ -150,13 +160,30 @@ def _preset(module: ModuleType, file: str) -> dict[str, Any]:
     return values
 
 
-def _one_point(
-    module: ModuleType, preset: dict[str, Any], flags: Sequence[str], name: str
-) -> tuple[tuple[Any, ...], Where]:
-    default, flags = _chosen(preset.get("config") or module.Config(), list(flags))
+def _swept(module: ModuleType, preset: dict[str, Any], rest: Sequence[str]) -> tuple[Any, ...]:
+    """The points of a preset's own sweep."""
+    if "sweep" not in preset:
+        raise Refused(
+            "nothing to sweep: give --field VALUE ..., or a preset with sweep = grid(...)"
+        )
+    points = preset["sweep"]
+    points = tuple(points) if isinstance(points, list | tuple) else (points,)
+    wrong = [point for point in points if not isinstance(point, module.Config)]
+    if wrong or not points:
+        got = configs.shown(wrong[0]) if wrong else "no points"
+        raise Refused(f"{rest[0]} must define sweep = grid(config, {{...}}), configs, got {got}")
+    return points
+
+
+def _help(module: ModuleType, name: str, config: Any, several: bool) -> int:
+    """Print what can be given, and its values without flags."""
+    if several:
+        together = ", ".join(map(flags.flag, configs.replica_fields(config)))
+        print(SWEEP.format(name=name, together=together))
+        return 0
     kinds = "".join(
-        f"\n--{name.replace('_', '-')} {{{','.join(classes)}}}: which kind, then its own flags"
-        for name, classes in configs.choices(default).items()
+        f"\n{flags.flag(field)} {{{','.join(classes)}}}: which kind, then its own flags"
+        for field, classes in configs.choices(config).items()
     )
     command = dataclasses.make_dataclass(
         "command",
@@ -165,83 +192,36 @@ def _one_point(
             ("where", Annotated[Where, tyro.conf.arg(name="")]),
         ],
     )
-    parsed = tyro.cli(
-        command,
-        args=flags,
-        default=command(default, Where()),
-        prog=f"python -m experiments {name} [PRESET.py]",
-        description=f"{module.__doc__}{kinds}",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
-    return (parsed.config,), parsed.where
-
-
-def _chosen(config: Any, flags: list[str]) -> tuple[Any, list[str]]:
-    """The config with the kinds that flags like ``--model convnet`` name, and the other flags."""
-    for name in list(configs.choices(config)):
-        flag = "--" + name.replace("_", "-")
-        if flag in flags and flags.index(flag) + 1 < len(flags):
-            at = flags.index(flag)
-            config = configs.override(config, {name: flags[at + 1]})
-            del flags[at : at + 2]
-    return config, flags
-
-
-def _sweep_points(
-    module: ModuleType, preset: dict[str, Any], flags: Sequence[str]
-) -> tuple[tuple[Any, ...], Where, launch.How | None]:
-    """The points of a grid given as ``--field value value``, where and how they are computed."""
-    fields: dict[str, list[Any]] = {}
-    if {"-h", "--help"} & set(flags):
-        config = preset.get("config") or module.Config()
-        together = ", ".join(configs.replica_fields(config))
-        raise Refused(
-            f"fields are those of the experiment's own --help; one program for all values of: "
-            f"{together}"
+    with contextlib.suppress(SystemExit):
+        tyro.cli(
+            command,
+            args=["--help"],
+            default=command(config, Where()),
+            prog=f"python -m experiments {name} [PRESET.py]",
+            description=f"{module.__doc__}{kinds}",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
         )
-    words = (flag.split("=", 1) if flag.startswith("--") else [flag] for flag in flags)
-    for word in itertools.chain.from_iterable(words):
-        if word.startswith("--"):
-            fields[word[2:].replace("-", "_")] = []
-        elif fields:
-            fields[list(fields)[-1]].append(_value(word))
-        else:
-            raise Refused(f"expected --field VALUE ..., got {word!r}")
-    options = {f.name: fields.pop(f.name) for f in dataclasses.fields(Where) if f.name in fields}
-    where = Where(
-        runs=Path(*map(str, options.get("runs", ["runs"]))),
-        data_folder=Path(*map(str, options["data_folder"])) if "data_folder" in options else None,
-        mesh=tuple(options["mesh"]) if "mesh" in options else None,  # pyright: ignore
-        verbose="verbose" in options and options["verbose"] != [False],
-    )
-    how = launch.asked(fields.pop("workers", None), fields.pop("slurm", None))
-    if fields:
-        return configs.grid(preset.get("config") or module.Config(), fields), where, how
-    if "sweep" not in preset:
-        raise Refused(
-            "nothing to sweep: give --field VALUE ..., or a preset with sweep = grid(...)"
-        )
-    return tuple(preset["sweep"]), where, how
+    return 0
 
 
-def _value(word: str) -> Any:
-    if word in ("None", "True", "False"):
-        return {"None": None, "True": True, "False": False}[word]
-    try:
-        value = json.loads(word)
-    except ValueError:
-        return word
-    return tuple(value) if isinstance(value, list) else value
+def _plan(module: ModuleType, point: Any, where: Where, topology: str) -> int:
+    from dynamics import mesh as meshes
+    from runner import plan
+
+    machine.start(cache=False)  # it takes what was compiled for another machine for broken
+    devices = meshes.topology(topology)
+    data = module.load(point, where.data_folder)
+    make = functools.partial(meshes.make, devices=devices)
+    run = functools.partial(module.sweep, (point,), data)
+    print(plan.plan(run, make, topology, devices, where.mesh))
+    return 0
 
 
 def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> int:
     from dynamics import hosts
     from dynamics import mesh as meshes
-    from dynamics.checkpoint import CheckpointError
-    from dynamics.data import DataError
-    from dynamics.record import RecordError
 
-    meshes.start()
+    machine.start()
     mesh, began = None, time.monotonic()
     with progress.shown(hosts.is_first()):
         try:
@@ -253,11 +233,6 @@ def _run(module: ModuleType, name: str, points: Sequence[Any], where: Where) -> 
         except hosts.LostError as error:
             print(f"error: {error}", file=sys.stderr)
             return hosts.LOST
-        except (ValueError, OSError, DataError, RecordError, CheckpointError) as error:
-            if where.verbose:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            return 2
     return _say_done(name, points, where, began) if hosts.is_first() else 0
 
 
@@ -265,11 +240,6 @@ def _launch(name: str, points: Sequence[Any], where: Where, how: launch.How) -> 
     began = time.monotonic()
     try:
         missing = launch.launch(name, points, how, where.runs, where.data_folder, where.mesh)
-    except ValueError as error:
-        if where.verbose:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         jobs = "" if how.slurm is None else ", its jobs were not (squeue shows them, scancel ends)"
         print(f"stopped{jobs}; the same command goes on", file=sys.stderr)

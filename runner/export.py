@@ -10,7 +10,7 @@ data, the runs that diverged, if any, and how the subset was chosen.
 """
 
 import argparse
-import sys
+import difflib
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dynamics import record, scores, statistics
+from runner.errors import Parser
 
 HARD = ", ".join(f"{name} ({end})" for name, end in scores.HARD.items())
 KINDS = {name: name for name in scores.HARD} | {f"{name}_init": name for name in scores.HARD}
@@ -34,32 +35,46 @@ class Mean(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Carry out the command; the exit status: 0 done, 2 refused."""
-    parser = argparse.ArgumentParser(
+    """Carry out the command; the exit status. Refused, ValueError or RecordError: it can't be."""
+    parser = Parser(
         prog="python -m experiments export",
+        allow_abbrev=False,
         description=__doc__,
         epilog=textwrap.fill(f"Which end of a score is hard: {HARD}."),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run", type=Path, help="runs/data_diet/<fingerprint> or .../scores/<...>")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder (default: out)")
-    parser.add_argument("--keep", type=float, help="part of the examples to keep, above 0 to 1")
+    parser.add_argument(
+        "run",
+        type=Path,
+        help="folder of a finished run of data_diet, or of its scores",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder to write to (default: out)"
+    )
+    parser.add_argument(
+        "--keep", type=float, help="part of the examples to keep, above 0 and up to 1"
+    )
     parser.add_argument("--score", help="the score to keep by, as in el2n@5")
-    parser.add_argument("--end", choices=("hard", "easy"), default="hard", help="default: hard")
-    parser.add_argument("--drop", type=float, default=0.0, help="part left out at that end first")
-    parser.add_argument("--balanced", action="store_true", help="the same part of each class")
-    parser.add_argument("--seed", type=int, default=0, help="of ties (default: 0)")
+    parser.add_argument(
+        "--end", choices=("hard", "easy"), help="which end of the score is kept (default: hard)"
+    )
+    parser.add_argument(
+        "--drop",
+        type=float,
+        default=0.0,
+        help="part that is left out first at that end (default: 0)",
+    )
+    parser.add_argument("--balanced", action="store_true", help="keep the same part of each class")
+    parser.add_argument("--seed", type=int, default=0, help="breaks ties (default: 0)")
     options = parser.parse_args(argv)
-    try:
-        paths = _export(options)
-    except (ValueError, OSError, record.RecordError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, paths)))
+    print("\n".join(map(str, _export(options))))
     return 0
 
 
 def _export(options: argparse.Namespace) -> list[Path]:
+    given = {name: getattr(options, name) for name in ("score", "end", "drop", "balanced")}
+    if options.keep is None and (extra := [name for name, value in given.items() if value]):
+        raise ValueError(f"--{extra[0]} says which examples to keep, and needs --keep PART")
     run = record.read(options.run)
     if not run.done:
         raise ValueError(f"{options.run} is not finished: run its command again")
@@ -134,14 +149,20 @@ def _subset(
     options: argparse.Namespace, columns: dict[str, np.ndarray], means: dict[str, Mean]
 ) -> tuple[np.ndarray, dict[str, Any]]:
     if options.score not in means:
-        raise ValueError(f"--score must be one of {', '.join(means)}; got {options.score}")
-    n, keep, drop = len(columns["index"]), options.keep, options.drop
-    if not 0 < keep <= 1 or drop < 0 or keep + drop > 1 + 1e-9:
+        near = difflib.get_close_matches(options.score or "", means, 1)
+        perhaps = f"; perhaps {near[0]}" if near else ""
+        got = options.score or "none"
+        raise ValueError(f"--score must be one of {', '.join(means)}, got {got}{perhaps}")
+    n, keep, drop, end = len(columns["index"]), options.keep, options.drop, options.end or "hard"
+    if not (0 < keep <= 1 and 0 <= drop and keep + drop <= 1 + 1e-9 and round(keep * n)):
         raise ValueError(
-            f"--keep must be above 0 and --keep + --drop at most 1, got {keep}, {drop}"
+            f"--keep must keep one of {n} examples or more and --keep + --drop be at most 1, got "
+            f"{keep:g} and {drop:g}"
         )
+    if options.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {options.seed}")
     mean = means[options.score]
-    high = (scores.HARD[mean.kind] == "high") == (options.end == "hard")
+    high = (scores.HARD[mean.kind] == "high") == (end == "hard")
     count, dropped = round(keep * n), round(drop * n)
     dropped = min(dropped, n - count)
     rows = scores.window(
@@ -152,4 +173,5 @@ def _subset(
         seed=options.seed,
     )
     names = ("score", "end", "keep", "drop", "balanced", "seed")
-    return rows, {name: getattr(options, name) for name in names} | {"count": count}
+    how = {name: getattr(options, name) for name in names}
+    return rows, how | {"end": end, "count": count}

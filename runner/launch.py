@@ -45,16 +45,15 @@ class How(NamedTuple):
     slurm: dict[str, Any] | None  # parameters of sbatch as submitit names them; None: here
 
 
-def asked(workers: Sequence[Any] | None, slurm: Sequence[Any] | None) -> How | None:
-    """What the values of the flags mean, None where there are none. ValueError: nothing."""
+def asked(workers: Sequence[str] | None, slurm: Sequence[str] | None) -> How | None:
+    """What the words of the flags mean, None where there are none. ValueError: nothing."""
     if workers is None and slurm is None:
         return None
-    if workers is not None and not (
-        len(workers) == 1 and type(workers[0]) is int and workers[0] > 0
-    ):
+    words = list(map(str, workers or ["0"]))
+    if workers is not None and not (len(words) == 1 and words[0].isdecimal() and int(words[0])):
         got = " ".join(map(str, workers)) or "nothing"
         raise ValueError(f"--workers must be one number of processes, at least 1, got {got}")
-    count = workers[0] if workers else 0
+    count = int(words[0])
     if slurm is None:
         return How(count, None)
     pairs = [str(word).partition("=") for word in slurm]

@@ -156,7 +156,7 @@ def report(plan: Plan, topology: str, chip: Chip | None) -> Iterator[str]:
     step = plan.programs[0]
     yield (
         f"{topology}, {plan.mesh.size} chips as {_by(shape.values())} "
-        f"({', '.join(shape)}); {plan.replicas} replicas, batch {plan.batch_size}, "
+        f"({', '.join(shape)}); {plan.replicas} members, batch {plan.batch_size}, "
         f"{plan.steps:,} steps"
     )
     yield ""
@@ -214,7 +214,7 @@ def advice(plan: Plan, chip: Chip) -> str:
     here = plan.replicas // plan.mesh.shape[AXES[0]]
     state = plan.params + plan.optimizer
     if here > 1 and state + plan.programs[0].temporary > plan.data:
-        return f"each chip holds {here} replicas: give more chips to the replica axis"
+        return f"each chip holds {here} members: give more chips to the replica axis"
     if plan.data > 0.5 * chip.memory:
         return "the data do not lie on a chip: feed them from the host (data.stream.streamed)"
     if state > plan.programs[0].temporary:

@@ -64,7 +64,7 @@ class _Line(logging.Handler):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("steps"),
-            TextColumn("{task.fields[replicas]} replicas"),
+            TextColumn("{task.fields[replicas]} members"),
             TextColumn("{task.fields[rate]:.3g} steps/s"),
             TextColumn("loss {task.fields[loss]:.4g}"),
             TimeRemainingColumn(),

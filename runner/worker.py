@@ -11,7 +11,7 @@ from typing import Any
 
 from dynamics import config as configs
 from dynamics import record
-from runner import progress
+from runner import machine, progress
 
 Unit = tuple[Any, ...]  # points that are computed together
 
@@ -37,7 +37,7 @@ def work(
 
     from dynamics import mesh as meshes
 
-    meshes.start()
+    machine.start()
     module, home = importlib.import_module(f"experiments.{name}"), runs / name
     job = submitit.JobEnvironment()
     several = jax.process_count() > 1  # of a job, which has one unit: all of them do the same

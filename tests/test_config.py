@@ -1,17 +1,21 @@
 """Configs: what they accept, what they refuse, and what names them."""
 
 import dataclasses
+import enum
 import inspect
 import itertools
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_strategies
 
 from dynamics.config import (
     Count,
@@ -61,6 +65,14 @@ class Outer:
     net: Dense | Flat = Dense()
     maybe: Dense | None = None
     parts: tuple[Dense | Flat, ...] = ()
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class Size(enum.IntEnum):
+    BIG = 3
 
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
@@ -284,7 +296,10 @@ BAD = [
     (Outer, {"parts": (Dense(), 1)}, ["Outer.parts[1]", "1"]),
     (Flat, {"bias": 1}, ["Flat.bias", "bool", "1"]),
     (Flat, {"bias": "False"}, ["Flat.bias", "bool", "'False'"]),
-    (Dense, {"width": 10**400, "scale": 10**400}, ["Dense.scale"]),
+    (Dense, {"scale": 10**400}, ["Dense.scale", "finite"]),
+    (Dense, {"width": 2**63}, ["Dense.width", "63 bits", str(2**63)]),
+    (Dense, {"width": -(10**9000)}, ["Dense.width", "63 bits", "thousands of digits"]),
+    (Outer, {"name": ["x" * 1000] * 1000}, ["Outer.name", "str", "list"]),
 ]
 
 
@@ -296,9 +311,90 @@ def test_bad_values_are_refused_with_name_expectation_and_value(cls, values, wor
     assert all(word in text for word in words), text
 
 
+kinds = st.one_of(
+    st.none() | st.booleans() | st.integers() | st.integers(2**60, 2**70) | st.just(10**1000),
+    st.floats() | st.complex_numbers() | st.decimals() | st.fractions() | st.text() | st.binary(),
+    st.datetimes() | st.uuids() | st.sampled_from([Dense, len, object(), Path("data"), range(3)]),
+    st.sampled_from([Color.RED, Size.BIG, np.str_("one"), np.bytes_(b"x"), Dense(), Flat()]),
+    numpy_strategies.arrays(
+        numpy_strategies.scalar_dtypes(), numpy_strategies.array_shapes(min_dims=0, max_side=3)
+    ),
+    numpy_strategies.scalar_dtypes().flatmap(numpy_strategies.from_dtype),
+)
+anything = st.recursive(
+    kinds,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.lists(inner, max_size=3).map(tuple),
+        st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=2),
+        st.sets(st.integers(), max_size=2),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(FEW, max_examples=300)
+@given(st.sampled_from([f.name for f in dataclasses.fields(Outer)]), anything)
+def test_a_value_of_any_type_is_kept_or_refused_in_one_sentence(name, value):
+    try:
+        config = Outer(**{name: value})
+    except ValueError as error:
+        text = str(error)
+        assert name in text and " must be " in text and "got" in text
+        assert len(text.splitlines()) == 1 and len(text) < 400
+        return
+    text = to_json(config)
+    back = from_json(Outer, text)
+    assert back == config and to_json(back) == text and fingerprint(back) == fingerprint(config)
+    own = (bool, int, float, str, tuple, type(None), Dense, Flat)
+    assert type(getattr(config, name)) in own  # numpy's numbers have become Python's
+
+
+@settings(FEW, max_examples=300)
+@given(anything)
+def test_any_value_of_a_config_that_is_a_dict_is_stored_or_named(value):
+    try:
+        text = to_json({"entry": [value]})
+    except ValueError as error:
+        assert "['entry'][0]" in str(error) and "got" in str(error)
+        assert len(str(error).splitlines()) == 1
+        return
+    assert to_json(json.loads(text, parse_constant=pytest.fail)) == text
+
+
+def test_numpy_numbers_have_the_fingerprints_of_their_values():
+    assert fingerprint(Dense(width=np.int64(8), scale=np.float64(1.0))) == fingerprint(Dense())
+    assert fingerprint(Dense(scale=np.float32(0.1))) == fingerprint(
+        Dense(scale=float(np.float32(0.1)))
+    )
+    assert fingerprint(Flat(bias=np.bool_(True))) == fingerprint(Flat())
+    assert Outer(cuts=[np.float32(0.5), np.array(1)]).cuts == (0.5, 1.0)
+    rates = grid(Outer(), {"rate": np.logspace(-3, -1, 3), "seed": np.arange(2)})
+    assert [type(point.seed) for point in rates] == [int] * 6
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"rates": {"b": {1, 2}}}, ["dict['rates']['b'] must be", "{1, 2} (set)"]),
+        ({"a": [0.5, float("nan")]}, ["dict['a'][1] must be a finite number", "nan (float)"]),
+        ({"a": {1: 2}}, ["dict['a'] must be", "text keys", "{1: 2} (dict)"]),
+        ((Dense(), {"folder": Path("x")}), ["tuple[1]['folder'] must be", "Path"]),
+    ],
+)
+def test_what_json_cannot_hold_is_named(config, words):
+    with pytest.raises(ValueError) as error:
+        to_json(config)
+    assert all(word in str(error.value) for word in words), error.value
+
+
 def test_unknown_and_positional_arguments():
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="Dense has no field 'widht'; perhaps 'width'"):
         Dense(widht=3)  # pyright: ignore
+    with pytest.raises(TypeError, match="Flat has no field 'zzz'; it has bias"):
+        Flat(zzz=3)  # pyright: ignore
+    with pytest.raises(TypeError, match="missing 1 required"):
+        Needs()  # pyright: ignore
     with pytest.raises(TypeError):
         Dense(3)  # pyright: ignore
 
@@ -389,6 +485,7 @@ def test_override_replaces_only_what_it_names():
         ({"net.wdith": 1}, ["Dense", "'wdith'", "'net.wdith'", "perhaps 'width'"]),
         ({"net.qqq": 1}, ["Dense", "'qqq'", "scale", "width"]),
         ({"rate.x": 1}, ["rate.x"]),
+        ({"width": 3}, ["Outer", "'width'", "perhaps 'net.width'"]),
         ({"maybe.width": 1}, ["maybe.width"]),
         ({"": 1}, ["''"]),
         ({"net.": 1}, ["'net.'"]),

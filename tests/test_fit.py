@@ -236,9 +236,9 @@ GOLDEN = [1.1983175, 1.3690051, 0.9165092, 0.7086844]
     ("options", "message"),
     [
         ({"accumulate": 3}, "accumulate must divide the batch size 8, got 3"),
-        ({"checkpoint_every": 0}, "checkpoint_every must be a positive number of steps, got 0"),
-        ({"record_every": -1}, "record_every must be a positive number of steps, got -1"),
-        ({"probes": (Seen(40, 0),)}, "every of 'seen' must be a positive number"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, got 0"),
+        ({"record_every": -1}, "record_every must be at least 1, got -1"),
+        ({"probes": (Seen(40, 0),)}, "every of 'seen' must be at least 1, got 0"),
         ({"probes": (Seen(40), Seen(40))}, "two probes are named 'seen'"),
         ({"probes": (Seen(40, name="rows"),)}, "a probe may not be named 'rows'"),
         ({"probes": (Seen(40, name="a/b"),)}, "named by letters, digits and _ . @ .*, got 'a/b'"),
@@ -257,18 +257,18 @@ def test_refusals_before_compilation(options: Any, message: str) -> None:
 def test_sizes_that_do_not_fit_together_are_refused() -> None:
     p = tiny.problem("mlp")
     state = tiny.start(p, mesh.make(), 2)
-    with pytest.raises(ValueError, match="the stream is for 3 replicas, the state has 2"):
+    with pytest.raises(ValueError, match="the stream is for 3 members, the state has 2"):
         fit.fit(p.task, p.optimizer, state, tiny.batches(p, 3), 20, mesh.make())
-    with pytest.raises(ValueError, match="num_steps must be a positive number of steps, got -1"):
+    with pytest.raises(ValueError, match="num_steps must be at least 0, got -2"):
         fit.fit(p.task, p.optimizer, state, tiny.batches(p, 2), -2, mesh.make())
     done = tiny.run(p, mesh.make(), 2).state
     with pytest.raises(ValueError, match="num_steps is 5, but 20 steps are already done"):
         fit.fit(p.task, p.optimizer, done, tiny.batches(p, 2), 5, mesh.make())  # pyright: ignore
-    with pytest.raises(ValueError, match="replicas must be a multiple of the mesh's replica axis"):
+    with pytest.raises(ValueError, match="members must be a multiple of the mesh's replica axis"):
         tiny.start(p, mesh.make(2), 3)
     with pytest.raises(ValueError, match="batch size must be a multiple of the mesh's data axis"):
         tiny.run(p, mesh.make(1, 3, 1), 1)
-    with pytest.raises(ValueError, match="learning_rate must be one number or 2, one a replica"):
+    with pytest.raises(ValueError, match="learning_rate must be one number or 2, one a member"):
         tiny.start(p, mesh.make(), 2, learning_rate=np.ones(3))
     with pytest.raises(ValueError, match="reads the hyperparameter 'learning_rate'"):
         bare = fit.init(

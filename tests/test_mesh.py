@@ -125,7 +125,7 @@ def test_fully_sharded_parameters_are_spread() -> None:
     ("shape", "message"),
     [
         ((16, 1, 1), r"needs 16 devices, this machine has 8 \(set JAX_NUM_CPU_DEVICES for more\)"),
-        ((0, 1, 1), "mesh axes must be at least 1, got {'replica': 0}"),
+        ((0, 1, 1), "mesh axis replica must be at least 1, got 0"),
     ],
 )
 def test_impossible_meshes_are_refused(shape: Any, message: str) -> None:

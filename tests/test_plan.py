@@ -214,7 +214,7 @@ def test_what_does_not_fit_is_said() -> None:
     found = planned("mlp", there("cpu:8", 1, 4, 2), 4).compile()
     small = words.Chip(memory=1e3, flops=1e12, bandwidth=1e11, links=1e10)
     text = "\n".join(words.report(found, "v0:8", small))
-    assert "IT DOES NOT FIT: each chip holds 4 replicas" in text
+    assert "IT DOES NOT FIT: each chip holds 4 members" in text
     assert "parameters" in text and "over data" in text and "bound by" in text
 
 
@@ -224,7 +224,7 @@ def test_the_command(capsys: Any, monkeypatch: Any) -> None:
     command = ["plan", "data_diet", "--topology", "cpu:4", *small, "--model", "mlp"]
     assert cli.main([*command, "--model.width", "8", "--mesh", "2", "2", "1"]) == 0
     out = capsys.readouterr().out
-    assert "cpu:4, 4 chips as 2 x 2 x 1 (replica, data, model); 20 replicas, batch 20" in out
+    assert "cpu:4, 4 chips as 2 x 2 x 1 (replica, data, model); 20 members, batch 20" in out
     assert "all-reduce" in out and "over data" in out and "peak of all programs" in out
 
 

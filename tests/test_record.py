@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -729,3 +730,27 @@ def test_git_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = record.provenance({"data": "x"})
     assert found["git"] is None and found["dirty"] is None and found["data"] == "x"
     json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("config", "about", "entry"),
+    [
+        ({"rates": [1.0, {2.0}]}, None, "dict['rates'][1] must be"),
+        ({"folder": Path("data")}, None, "dict['folder'] must be"),
+        ({"rate": float("inf")}, None, "dict['rate'] must be a finite number"),
+        ({"rate": 0.1}, {"made": object()}, "about['made'] must be"),
+    ],
+)
+def test_what_json_cannot_hold_is_named_before_a_folder_is_made(tmp_path, config, about, entry):
+    with pytest.raises(ValueError, match=re.escape(entry)):
+        Recorder(tmp_path / "run", config, about)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numpy_numbers_are_stored_as_numbers(tmp_path):
+    config = {"rate": np.float32(0.5), "sizes": (np.int64(3), np.array(4)), "on": np.bool_(True)}
+    recorder = Recorder(tmp_path / "run", config, {"seconds": np.float64(0.25)})
+    recorder.finish(Findings({}))
+    run = read(tmp_path / "run")
+    assert run.config == {"rate": 0.5, "sizes": [3, 4], "on": True}
+    assert run.provenance["seconds"] == 0.25

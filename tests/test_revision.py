@@ -276,7 +276,7 @@ def test_own_of_another_shape_is_refused(p: tiny.Problem, broken: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"revision": Shift(0)}, "every of 'shift' must be a positive number of steps, got 0"),
+        ({"revision": Shift(0)}, "every of 'shift' must be at least 1, got 0"),
         ({"probes": "shift"}, "two probes are named 'shift': names must differ"),
         ({"stream": "host"}, "'shift' needs data that lie on the device.*use data.stream.resident"),
     ],

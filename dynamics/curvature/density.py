@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from dynamics import counts
 from dynamics.curvature.lanczos import Krylov, lanczos, ritz
 from dynamics.curvature.operator import Draw, Operator, random
 from dynamics.curvature.trace import Estimate, of_samples
@@ -45,8 +46,7 @@ def density(
     eigenvalues that stand out appear more than once, with the weight of one between them: count
     them only with it. Cost: num k products; three vectors, or k of them.
     """
-    if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}")
+    counts.check(num=num)
 
     def probe(key: Key) -> tuple[jax.Array, jax.Array]:
         start = random(operator, jax.random.fold_in(key, 0), draw)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dynamics import counts
 from dynamics.curvature.density import Density, quadrature
 from dynamics.curvature.lanczos import Krylov, Pairs, begin, eigenpairs, extend, start
 from dynamics.curvature.operator import Draw, Operator, random
@@ -55,6 +56,7 @@ def converge(
     returns what there is; the residuals say what that is worth. Cost: the products it takes, and
     ``most`` vectors of memory.
     """
+    counts.check(None, num=num, least=least, most=most)
     if not 1 <= num <= most:
         raise ValueError(f"num must be in 1..{most}, the most products, got {num}")
     if not tolerance > 0:

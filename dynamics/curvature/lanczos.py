@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from dynamics import counts
 from dynamics.curvature import vectors
 from dynamics.curvature.operator import Operator, draw_packed, masked, pack, packed, random, unpack
 from dynamics.types import Key, Leaf, PyTree
@@ -146,8 +147,7 @@ def begin(
 
     ``extend`` does one: it may be compiled by itself and called from a loop outside.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    counts.check(k=k)
     shapes = [jax.tree.map(lambda x: x.shape, tree) for tree in (v, operator.like)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"v must be like the vectors, {shapes[1]}, got {shapes[0]}")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dynamics import counts
 from dynamics.curvature import vectors
 from dynamics.curvature.operator import Draw, Operator, draw_packed, packed, unpack
 from dynamics.types import Key, PyTree
@@ -171,6 +172,7 @@ def mean(
     Nothing is kept of single probes (Welford's recursion). ValueError: num < 2, which has no error;
     a probe_batch that does not divide it.
     """
+    counts.check(0, num=num, probe_batch=probe_batch)
     if num < 2:
         raise ValueError(f"num must be at least 2, one probe has no standard error, got {num}")
     if probe_batch < 1 or num % probe_batch:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from dynamics import counts
 from dynamics.calls import Call
 from dynamics.data.files import DataError
 from dynamics.data.order import batch_rows
@@ -261,13 +262,14 @@ def _distributions(probabilities: np.ndarray, k: int, n: int) -> np.ndarray:
     """Checked, in float64."""
     if probabilities.shape != (k, n):
         raise ValueError(
-            f"probabilities must have shape {(k, n)}, one row a replica, got {probabilities.shape}"
+            f"probabilities must have shape {(k, n)}, a row for each member, got "
+            f"{probabilities.shape}"
         )
     p = probabilities.astype(np.float64)
     for s, row in enumerate(p):
         if not (np.isfinite(row).all() and row.min() >= 0 and abs(row.sum() - 1) < 1e-4):
             raise ValueError(
-                f"probabilities of replica {s} must be >= 0 and sum to 1, got {row.min():g} to "
+                f"probabilities of member {s} must be >= 0 and sum to 1, got {row.min():g} to "
                 f"{row.max():g} with sum {row.sum():g}: divide them by their sum"
             )
     return p
@@ -311,26 +313,27 @@ def _own(
     labels: np.ndarray | None,
 ) -> dict[str, np.ndarray]:
     """What differs between replicas, checked."""
+    counts.check(batch_size=batch_size, num_replicas=num_replicas)
     k, n = num_replicas, checked(data)
     rows, sizes, labels = (None if x is None else np.asarray(x) for x in (rows, sizes, labels))
     if rows is not None and rows.ndim != 2:
-        raise ValueError(f"rows must be [{k}, m], a row for each replica, got {list(rows.shape)}")
+        raise ValueError(f"rows must be [{k}, m], one row for each member, got {rows.shape}")
     if rows is None:
         sizes = np.full(k, n) if sizes is None else sizes
     elif sizes is None:
         sizes = np.full(k, rows.shape[1])
     own = {"size": np.asarray(sizes, np.int32)}
     if own["size"].shape != (k,) or own["size"].min() < 1:
-        raise ValueError(f"sizes must be {k} positive numbers, one a replica, got {sizes}")
+        raise ValueError(f"sizes must be {k} positive numbers, one for each member, got {sizes}")
     if rows is not None:
         if not np.issubdtype(rows.dtype, np.integer):
             raise ValueError(f"rows must be integers, positions in the data, got {rows.dtype}")
         if rows.shape[0] != k:
-            raise ValueError(f"rows must have one row for each of {k} replicas, got {rows.shape}")
+            raise ValueError(f"rows must have one row for each of {k} members, got {rows.shape}")
         for s, (r, m) in enumerate(zip(rows, own["size"], strict=True)):
             if m > len(r) or len(np.unique(r[:m])) < m or r[:m].min() < 0 or r[:m].max() >= n:
                 raise ValueError(
-                    f"rows of replica {s} must be {m} different examples of 0..{n - 1}, got "
+                    f"rows of member {s} must be {m} different examples of 0..{n - 1}, got "
                     f"{len(np.unique(r[:m]))} different ones in {r[:m].min()}..{r[:m].max()}"
                 )
         own["rows"] = np.asarray(rows, np.int32)

@@ -47,7 +47,7 @@ class MLP:
     bias: bool = True
     """Whether the layers have additive biases."""
     dropout: DropRate = 0.0
-    """Fraction of hidden units dropped in training (random stream "dropout")."""
+    """Fraction of hidden units dropped in training."""
     parametrisation: Parametrisation = "standard"
     """Where 1/sqrt(fan_in) sits: in the initial weights (standard) or in the forward pass (ntk)."""
     init_scale: Positive = 1.0

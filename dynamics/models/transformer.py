@@ -46,7 +46,7 @@ class Transformer:
     bias: bool = False
     """Whether dense layers and norms have additive biases."""
     dropout: DropRate = 0.0
-    """Fraction of the embeddings and of each branch dropped in training (stream "dropout")."""
+    """Fraction of the embeddings and of each branch dropped in training."""
     parametrisation: Parametrisation = "standard"
     """Where 1/sqrt(fan_in) sits: in the initial weights (standard) or in the forward pass (ntk)."""
     init_scale: Positive = 1.0

@@ -34,7 +34,7 @@ class Adam:
     epsilon: Annotated[Positive, Replica] = 1e-8
     """Added to the root of the second moment"""
     weight_decay: Annotated[NonNegative, Replica] = 0.0
-    """Decoupled from the gradient, multiplied by the learning rate"""
+    """Decay of the weights beside the gradient: w -= learning rate * this * w"""
     decay: Literal["all", "matrices"] = "all"
     """What decays: all parameters, or only those of two or more axes (no biases, no norms)"""
     independent_decay: bool = False
@@ -42,7 +42,7 @@ class Adam:
     clip_norm: NonNegative = 0.0
     """The largest norm of all parameters' gradient together, longer ones are cut to it; 0: any"""
     base_fan_in: Annotated[int, Range(low=0.0)] = 0
-    """Linear layers learn at rate * this / fan_in (muParam, simple: 256); 0: all at the rate"""
+    """Linear layers learn at the rate * this / fan_in (muParam, where it is 256); 0: at the rate"""
     schedule: Schedule = Constant()
     """Shape of the learning rate over the steps of the run"""
 

@@ -30,7 +30,7 @@ class Cosine:
     """Linear warm-up, then half a cosine down to ``final``."""
 
     warmup: Fraction = 0.0
-    """Fraction of the run's steps"""
+    """Fraction of the run's steps over which the rate rises from 0"""
     final: Fraction = 0.0
     """Fraction of the peak that is left at the end"""
 
@@ -40,7 +40,7 @@ class Linear:
     """Linear warm-up, then a straight line down to ``final``."""
 
     warmup: Fraction = 0.0
-    """Fraction of the run's steps"""
+    """Fraction of the run's steps over which the rate rises from 0"""
     final: Fraction = 0.0
     """Fraction of the peak that is left at the end"""
 

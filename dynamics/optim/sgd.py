@@ -24,7 +24,7 @@ class SGD:
     momentum: Annotated[Fraction, Replica] = 0.9
     """Heavy-ball coefficient"""
     nesterov: bool = True
-    """Nesterov's form of the momentum"""
+    """Whether the momentum is Nesterov's"""
     weight_decay: Annotated[NonNegative, Replica] = 0.0
     """L2: this times the parameters is added to the gradient"""
     decay: Literal["all", "matrices"] = "all"
@@ -34,7 +34,7 @@ class SGD:
     clip_norm: NonNegative = 0.0
     """The largest norm of all parameters' gradient together, longer ones are cut to it; 0: any"""
     base_fan_in: Annotated[int, Range(low=0.0)] = 0
-    """Linear layers learn at rate * this / fan_in (muParam, simple: 256); 0: all at the rate"""
+    """Linear layers learn at the rate * this / fan_in (muParam, where it is 256); 0: at the rate"""
     schedule: Schedule = Constant()
     """Shape of the learning rate over the steps of the run"""
 

@@ -77,7 +77,7 @@ class Memorisation:
         k, n = population.size(state), len(context.examples(self.on))
         if self.labels.shape != (k, n) or self.clean.shape != (n,):
             raise ValueError(
-                f"{self.name} needs labels {(k, n)}, a row for each replica, and clean {(n,)}, got "
+                f"{self.name} needs labels {(k, n)}, a row for each member, and clean {(n,)}, got "
                 f"{self.labels.shape} and {self.clean.shape}"
             )
         return ()

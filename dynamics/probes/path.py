@@ -50,8 +50,8 @@ class Path:
         k = population.size(state)
         if k % 2 or self.points % 2 == 0 or self.points < 3:
             raise ValueError(
-                f"a path needs pairs of replicas and an odd number of points, got "
-                f"{k} replicas and {self.points} points"
+                f"a path needs pairs of members and an odd number of points, got "
+                f"{k} members and {self.points} points"
             )
         if self.train is None and landscape.has_statistics(context.task, state):
             raise ValueError("give the training data: batch statistics are re-estimated on it")

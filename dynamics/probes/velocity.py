@@ -38,7 +38,7 @@ class KernelVelocity:
         replicas = {k, *self.groups.shape[:-2]}
         if self.groups.ndim not in (2, 3) or len(replicas) > 1:
             raise ValueError(
-                "groups must be rows [g, m], or [k, g, m] with k the number of replicas, "
+                "groups must be rows [g, m], or [k, g, m] with k the number of members, "
                 f"{k}, got {list(self.groups.shape)}"
             )
         if self.groups.size and not 0 <= self.groups.min() <= self.groups.max() < len(data):

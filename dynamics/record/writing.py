@@ -50,8 +50,14 @@ class Recorder:
 
         It is this process's until it is finished, or the recorder or the process is gone.
         RecordError: another process has it, it holds another config's run, or can't be written.
+        ValueError: an entry of the config or of ``about`` that JSON can't hold; nothing is made.
         """
-        self.path, self._config, self._about = Path(path), config, about
+        self.path, self._config, self._about = (
+            Path(path),
+            config,
+            configs.to_dict(about or {}, "about"),
+        )
+        configs.to_json(config)
         self._rows, self._sums = self.path / "rows.jsonl", self.path / "sums.jsonl"
         self._end: int | None = None  # of the live rows that are vouched for
         self._lock: Lock | None = None
@@ -82,7 +88,7 @@ class Recorder:
         if self._sums.is_file():  # drop the half line of a killed process
             os.truncate(self._sums, self._sums.read_bytes().rfind(b"\n") + 1)
         write(self.path / "config.json", text)
-        made = json.loads(json.dumps({"format": FORMAT, **provenance(self._about or {})}))
+        made = json.loads(json.dumps({"format": FORMAT, **provenance(self._about)}))
         made |= {
             "sums": {"config": digest(text.encode()), "this": digest(json.dumps(made).encode())}
         }

@@ -188,7 +188,7 @@ class Adele:
             found = "none" if labels is None else labels.shape
             raise ValueError(
                 f"Adele changes the labels of a stream: give it labels of shape {shape}, an image "
-                f"[h, w] for each example of each replica, got {found}"
+                f"[h, w] for each example of each member, got {found}"
             )
         wanted = {"when": (k, self.num_classes), "clean": shape[1:]}
         for name, its in wanted.items():

@@ -27,7 +27,8 @@ class Detection:
     plateau: Fraction = 0.1
     """Leading points of the curve below this (or that rise by less) are dropped; 0 drops none"""
     plateau_by: Literal["level", "increment"] = "level"
-    """What is compared with plateau; published code takes the increment"""
+    """What is compared with plateau: the value, or its increase from the point before, as in the
+    published code"""
     last_weight: Positive = 10.0
     """Weight of the last residual of the fit over that of the first, in a geometric sequence"""
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
-from dynamics import ghost, population
+from dynamics import counts, ghost, population
 from dynamics import mesh as meshes
 from dynamics.data.rows import check_classes, checked, class_range, seen, take
 from dynamics.task import by_value
@@ -38,9 +38,15 @@ def over_examples(
     depend on each other (batch norm in training mode).
     """
     n = checked(data)
+    counts.check(batch_size=batch_size)
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            f"state must be a TrainState, got {type(state).__name__}: step.given(params, extras) "
+            "makes one of parameters"
+        )
     if labels is not None and (each is None or labels.shape[:2] != (population.size(state), n)):
         raise ValueError(
-            f"labels must be one row of {n} for each replica of a population, got {labels.shape}; "
+            f"labels must be one row of {n} for each member of a population, got {labels.shape}; "
             "for one state, give data with other labels"
         )
     if each is None or labels is not None:  # those of a run's data sets are checked at its start

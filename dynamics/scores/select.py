@@ -12,6 +12,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int, Integer
 
+from dynamics import counts
+
 _TIES, _CLASSES, _STRATA, _DRAWS = range(4)  # what a seed is used for, each independent
 
 
@@ -60,6 +62,8 @@ def window(
             "exactly one of offset (the lowest left out) and drop (the highest left out) must be "
             f"given, got offset={offset} and drop={drop}"
         )
+    counts.check(None, offset=offset, drop=drop)
+    counts.check(0, seed=seed)
     rest = len(scores) - count
     name, value = ("drop", drop) if offset is None else ("offset", offset)
     if value is None or not 0 <= value <= rest:
@@ -116,8 +120,7 @@ def coverage_centric(
     _check(scores, count)
     if not 0 <= cutoff <= 1:
         raise ValueError(f"cutoff must be a fraction of the examples, 0..1, got {cutoff}")
-    if strata < 1:
-        raise ValueError(f"strata must be a positive number, got {strata}")
+    counts.check(strata=strata)
     left = n - math.floor(round(cutoff * n, 6))  # 0.29 * 100 is 28.999...
     if count > left:
         raise ValueError(
@@ -240,6 +243,7 @@ def _check(scores: np.ndarray, count: int) -> None:
 
 
 def _check_count(count: int, n: int) -> None:
+    counts.check(None, n=n, count=count)
     if not 1 <= count <= n:
         raise ValueError(f"count must be in 1..{n}, got {count}")
 

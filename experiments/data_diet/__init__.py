@@ -170,8 +170,11 @@ def check(job: Job[Config, Any]) -> None:
     for count in (scorings, *([members] if members else [])):
         check_mesh(job.mesh, len(job.points) * count, config.train.batch_size)
     training.check_batch(config.train, data, kept)
-    steps = [training.steps(config.train, data, epoch) for epoch in config.score.epochs]
-    if len(set(steps)) < len(steps) or not steps[-1]:
+    for name in ("epochs", "spawn"):
+        for epochs in np.ravel(getattr(study, name, ())).astype(float).tolist():
+            training.steps(config.train, data, epochs, f"study.{name}")
+    steps = [training.steps(config.train, data, e, "score.epochs") for e in config.score.epochs]
+    if len(set(steps)) < len(steps):
         raise ValueError(
             f"score.epochs must be at least a step apart, got {config.score.epochs}, which are the "
             f"steps {steps} of {n // config.train.batch_size} an epoch"

@@ -37,9 +37,10 @@ class Scoring:
     replicas: Count = 4
     """Runs (initialisation and order) of each draw, which its scores are averaged over"""
     horizon: NonNegative = 0.0
-    """Epochs that the learning-rate schedule spans, at least the last of epochs; 0: just those"""
+    """Epochs the learning-rate schedule spans, at least the last of score.epochs; 0: just these"""
     also: tuple[Literal["vog", "pvi"], ...] = ()
-    """vog: 8 bytes more for each input number and run; pvi: as many runs again, on blank inputs"""
+    """More scores. vog: holds 8 bytes for each number of an input and run; pvi: trains as many
+    networks again, on blank inputs"""
 
     def __post_init__(self) -> None:
         if not self.epochs or sorted(set(self.epochs)) != list(self.epochs) or not self.epochs[-1]:
@@ -63,9 +64,9 @@ class Pruning:
     methods: tuple[Method, ...] = (
         *("random", "el2n_hard", "el2n_easy", "grand_hard", "grand_init_hard", "input_norm_hard"),
     )
-    """What is kept: the hard or easy end of a score; coverage: coverage-centric by EL2N"""
+    """What is kept: the hard or the easy end of a score, or coverage-centric selection by EL2N"""
     scored_at: NonNegative = 5.0
-    """Epoch of the scores, one of score.epochs; init in a method's name means epoch 0"""
+    """Epoch after which scores are taken, one of score.epochs; init in a method's name: epoch 0"""
     balanced: bool = False
     """Whether every class keeps the same fraction"""
     cutoff: Fraction = 0.1
@@ -73,7 +74,7 @@ class Pruning:
     replicas: Count = 10
     """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
-    """Training, in epochs of the full data; the same number of steps for every subset"""
+    """Length of a training in epochs of the full data: the same steps, however small the subset"""
 
     def __post_init__(self) -> None:
         _different("fractions", self.fractions)
@@ -95,7 +96,7 @@ class Timing:
     replicas: Count = 10
     """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
-    """Training, in epochs of the full data; the same number of steps for every subset"""
+    """Length of a training in epochs of the full data: the same steps, however small the subset"""
 
 
 @frozen
@@ -105,15 +106,15 @@ class Window:
     kept: Part = 0.3
     """Fraction of the examples that is kept"""
     dropped: tuple[Fraction, ...] = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.55, 0.7)
-    """Fractions of hardest examples that are left out before"""
+    """Fractions of the examples, the very hardest, that are left out before the next are kept"""
     scored_at: NonNegative = 5.0
-    """Epoch of the EL2N scores, one of score.epochs"""
+    """Epoch after which EL2N is taken, one of score.epochs"""
     balanced: bool = False
     """Whether every class keeps the same fraction"""
     replicas: Count = 10
     """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
-    """Training, in epochs of the full data; the same number of steps for every subset"""
+    """Length of a training in epochs of the full data: the same steps, however small the subset"""
 
     def __post_init__(self) -> None:
         _different("dropped", self.dropped)
@@ -134,11 +135,11 @@ class Transfer:
     kept: Part = 0.3
     """Fraction of the examples that is kept"""
     scored_at: NonNegative = 5.0
-    """Epoch of the EL2N scores, one of score.epochs"""
+    """Epoch after which EL2N is taken, one of score.epochs"""
     replicas: Count = 10
     """Paired seeds of each subset, each by a draw of the scores"""
     epochs: Positive = 20.0
-    """Training, in epochs of the full data; the same number of steps for every subset"""
+    """Length of a training in epochs of the full data: the same steps, however small the subset"""
 
 
 @frozen
@@ -146,7 +147,7 @@ class Ranking:
     """No retraining: every score of every example, beside one another and the wrong labels."""
 
     scored_at: NonNegative = 5.0
-    """Epoch of the EL2N scores whose extremes are shown, one of score.epochs"""
+    """Epoch after which the EL2N is taken whose extremes are shown, one of score.epochs"""
     shown: Count = 4
     """Images of each class at either end of the score"""
 
@@ -162,9 +163,9 @@ class Rescoring:
     every: Positive = 3.0
     """Epochs between choices"""
     replicas: Count = 10
-    """Paired seeds of each way to choose"""
+    """Networks trained with each way to choose, with the same seeds for all ways"""
     epochs: Positive = 20.0
-    """Training in all, in epochs of the full data; the same number of steps for every way"""
+    """Length of the whole training, in epochs of the full data; the same for every way"""
 
     def __post_init__(self) -> None:
         if self.warmup >= self.epochs:
@@ -182,13 +183,13 @@ class Connectivity:
     examples: Count = 200
     """Hardest, easiest and random examples that the barrier is measured on"""
     points: Count = 11
-    """Places on the path between two children, ends included; odd"""
+    """Points on the line between two children, its ends among them: an odd number"""
     scored_at: NonNegative = 5.0
-    """Epoch of the EL2N scores, one of score.epochs"""
+    """Epoch after which EL2N is taken, one of score.epochs"""
     replicas: Count = 8
     """Pairs of children"""
     epochs: Positive = 20.0
-    """Training of parent and child together, in epochs"""
+    """Length of the training of a parent and then its child together, in epochs"""
 
     def __post_init__(self) -> None:
         _different("spawn", self.spawn)
@@ -208,11 +209,11 @@ class Velocity:
     examples: Count = 100
     """Examples of a group"""
     scored_at: NonNegative = 5.0
-    """Epoch of the EL2N scores that order the examples, one of score.epochs"""
+    """Epoch after which the EL2N is taken that orders the examples, one of score.epochs"""
     replicas: Count = 5
     """Runs whose kernels are followed"""
     epochs: Count = 6
-    """Training, in epochs; the kernel is compared over one epoch at a time"""
+    """Length of the training in epochs; the kernel is compared from one epoch to the next"""
 
 
 Study = Pruning | Timing | Window | Transfer | Ranking | Rescoring | Connectivity | Velocity
@@ -230,7 +231,7 @@ class Config:
     noise: Annotated[Fraction, Replica] = 0.0
     """Fraction of training labels flipped to a different class"""
     seed: Annotated[Seed, Replica] = 0
-    """Of everything random but the split of the data"""
+    """Seed of everything random except the split of the data"""
 
     def __post_init__(self) -> None:
         at = getattr(self.study, "scored_at", self.score.epochs[0])

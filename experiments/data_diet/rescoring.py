@@ -86,12 +86,14 @@ def choices(train: Train, study: Rescoring, data: Splits) -> list[int]:
     ValueError: choices that are no step apart.
     """
     spans = (study.epochs, study.warmup, study.every)
-    total, warm, every = (training.steps(train, data, epochs) for epochs in spans)
-    if min(warm, every) < 1 or warm >= total:
+    names = ("study.epochs", "study.warmup", "study.every")
+    total, warm, every = (
+        training.steps(train, data, epochs, name) for epochs, name in zip(spans, names, strict=True)
+    )
+    if warm >= total:
         raise ValueError(
-            "study.warmup, study.every and what follows the warm-up must be at least a step long, "
-            f"got {study.warmup:g}, {study.every:g} and {study.epochs - study.warmup:g} epochs of "
-            f"{len(data.train) // train.batch_size} steps"
+            f"study.warmup must be a step shorter than study.epochs {study.epochs:g}, got "
+            f"{study.warmup:g}, with {len(data.train) // train.batch_size} steps an epoch"
         )
     return [*range(warm, total, every), total]
 

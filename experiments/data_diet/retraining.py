@@ -206,7 +206,7 @@ def retrained(
     (0..1) and ``test_loss`` (nats), null where the run ``diverged``.
     """
     config, n = job.config, len(job.data.train)
-    num_steps = max(1, training.steps(config.train, job.data, job.study.epochs))
+    num_steps = training.steps(config.train, job.data, job.study.epochs)
     members = training.table(
         [{"seed": point.seed, **point.train.optimizer.hyperparameters()} for point in job.points],
         lambda p: [subset.columns for subset in subsets[p]],

@@ -58,7 +58,7 @@ def study(job: Job[Config, Any]) -> Findings:
     last = training.steps(config.train, data, config.epochs)
     match job.config.study:
         case Curves(every=every, detected_at=early, replicas=r):
-            every = max(1, training.steps(config.train, data, every))
+            every = training.steps(config.train, data, every)
             when = [training.steps(config.train, data, epoch) for epoch in (*early, config.epochs)]
             trained = _trained(job, every, tuple(dict.fromkeys(when)), weights)
             frames = {
@@ -234,8 +234,10 @@ def check(job: Job[Config, Any]) -> None:
         check_mesh(job.mesh, len(points) * count * config.study.replicas, size)
     if size > n:
         raise ValueError(f"train.batch_size must be <= the {n} training examples, got {size}")
-    if not training.steps(config.train, data, config.epochs):
-        raise ValueError(f"epochs must be at least a step of {n // size} an epoch: {config.epochs}")
+    training.steps(config.train, data, config.epochs)
+    for name in ("every", "detected_at"):
+        for epochs in np.ravel(getattr(config.study, name, ())).tolist():
+            training.steps(config.train, data, epochs, f"study.{name}")
     for point in points:
         for cell in cells(point, point.study):
             labels(point, data, cell["rate"], 0)

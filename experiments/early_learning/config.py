@@ -32,9 +32,9 @@ class Curves:
     every: Positive = 1.0
     """Epochs between measurements"""
     detected_at: tuple[Positive, ...] = (3.0,)
-    """Epochs at which, as at the end, wrong labels are looked for by their loss"""
+    """Epochs after which wrong labels are looked for by their loss, as they are at the end"""
     replicas: Count = 5
-    """Paired seeds of each method; each has its own noise"""
+    """Networks trained by each method, with the same seeds for all; each seed has its noise"""
 
     def __post_init__(self) -> None:
         _different("Curves.methods", self.methods)
@@ -47,9 +47,9 @@ class Rates:
     methods: tuple[Method, ...] = ("ce", "gce", "sce", "elr", "elr_plus")
     """How networks are trained, with the same seeds, noise and order of batches"""
     rates: tuple[Fraction, ...] = (0.0, 0.2, 0.4, 0.6)
-    """Rates of the noise"""
+    """Rates of the label noise, 0 to 1"""
     replicas: Count = 3
-    """Paired seeds of each method and rate"""
+    """Networks trained for each method and rate, with the same seeds for all"""
 
     def __post_init__(self) -> None:
         _different("Rates.methods", self.methods)
@@ -61,11 +61,11 @@ class Grid:
     """Test accuracy and memorisation of ELR against lambda and beta."""
 
     strengths: tuple[NonNegative, ...] = (0.0, 1.0, 2.0, 3.0, 5.0, 7.0, 10.0)
-    """lambda; 0 is cross-entropy"""
+    """Strengths of the regularization (lambda); 0 is cross-entropy"""
     betas: tuple[Fraction, ...] = (0.0, 0.3, 0.5, 0.7, 0.9, 0.99)
-    """Memory of the running targets"""
+    """Part of its running target that an example keeps at each update (beta)"""
     replicas: Count = 3
-    """Paired seeds of each place"""
+    """Networks trained at each place of the grid, with the same seeds everywhere"""
 
     def __post_init__(self) -> None:
         _different("Grid.strengths", self.strengths)
@@ -77,29 +77,29 @@ class Losses:
     """Constants of the losses that the other methods are named after."""
 
     epsilon: Fraction = 0.1
-    """smoothing: weight of the uniform target"""
+    """For smoothing: weight of the uniform target, 0 to 1"""
     q: Annotated[float, Range(above=0.0, high=1.0)] = 0.7
-    """gce: exponent; towards 0 it is cross-entropy"""
+    """For gce: its exponent q; towards 0 the loss becomes cross-entropy"""
     forward: NonNegative = 0.1
-    """sce: weight of cross-entropy"""
+    """For sce: weight of cross-entropy"""
     reverse: NonNegative = 1.0
-    """sce: weight of reverse cross-entropy"""
+    """For sce: weight of reverse cross-entropy"""
 
 
 @frozen
 class Plus:
-    """Of ELR+ alone."""
+    """Constants of ELR+ alone."""
 
     mixup: Positive = 1.0
-    """Both parameters of the Beta distribution that inputs are mixed by"""
+    """Both parameters of the Beta distribution that weights of mixed inputs are drawn from"""
     decay: Fraction = 0.997
-    """Of the weight averages, at the end of the ramp"""
+    """Decay of the averages of the weights, from the end of the ramp on"""
     ramp: Annotated[int, Range(low=0.0)] = 40_000
-    """Steps over which it rises; 0: it rises as an average of all weights so far does"""
+    """Steps over which that decay rises; 0: it rises as for the mean of all weights so far"""
     ramp_lambda: bool = False
-    """Whether lambda rises by the same ramp (their CIFAR-100)"""
+    """Whether lambda rises over the same steps, as in the paper on CIFAR-100"""
     reweight: bool = False
-    """Whether labels are multiplied by targets (their CIFAR-100)"""
+    """Whether labels are multiplied by targets, as in the paper on CIFAR-100"""
 
 
 @frozen
@@ -110,21 +110,21 @@ class Config:
     model: models.Model = models.MLP(width=256, depth=2)
     train: Train = Train(optimizer=optim.SGD(nesterov=False, weight_decay=1e-3))
     epochs: Positive = 40.0
-    """Training, in epochs; what is reported is the last one, never the best"""
+    """Length of the training in epochs; what is reported is the last one, never the best"""
     noise: Noise = "symmetric"
-    """symmetric: always another class, symmetric_including: any class, the true one among them;
-    circular: the next class"""
+    """What a wrong label becomes. symmetric: any other class; symmetric_including: any class, the
+    true one among them; circular: the next class; the others: a similar class of CIFAR"""
     rate: Annotated[Fraction, Replica] = 0.4
-    """Of the noise as its kind defines it; the rows have the part that is wrong"""
+    """Rate of the noise, 0 to 1, as its kind defines it; the results say which part is wrong"""
     strength: Annotated[NonNegative, Replica] = 7.0
-    """lambda of ELR and ELR+; <= 2 only delays memorising"""
+    """Strength of ELR and ELR+ (lambda); up to 2 it only delays memorising"""
     beta: Annotated[Fraction, Replica] = 0.7
-    """Memory of the running targets of ELR and ELR+"""
+    """Part of its running target that an example keeps at each update of ELR and ELR+ (beta)"""
     losses: Losses = Losses()
     plus: Plus = Plus()
     study: Curves | Rates | Grid = Curves()
     seed: Annotated[Seed, Replica] = 0
-    """Of everything random but the split of the data"""
+    """Seed of everything random except the split of the data"""
 
     def __post_init__(self) -> None:
         at = getattr(self.study, "detected_at", ())

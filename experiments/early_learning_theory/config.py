@@ -25,19 +25,19 @@ class Phases:
     examples: Count = 400
     """Training examples"""
     dim: Dim = 380
-    """Dimension; above examples (1 - flip / 2) all labels can be fitted, wrong ones included"""
+    """Dimension; above examples * (1 - flip / 2) all labels can be fitted, wrong ones included"""
     control: Dim = 100
-    """A dimension in which they can't; cross-entropy alone is trained in it"""
+    """A smaller dimension, in which they can't be: only cross-entropy is trained in it"""
     sigma: Annotated[Positive, Replica] = 0.2
     """Standard deviation of a Gaussian in each direction; the centres are 2 apart"""
     flip: Annotated[Fraction, Replica] = 0.4
     """Fraction of labels that are drawn anew; half of them end up wrong"""
     learning_rate: Annotated[Positive, Replica] = 0.5
-    """Of gradient descent; below 1 in the theory"""
+    """Learning rate of gradient descent; below 1 in the theory"""
     steps: Count = 40_000
     """Full-batch steps"""
     tested: Count = 1000
-    """Test examples, with clean labels"""
+    """Test examples, all with clean labels"""
     replicas: Count = 6
     """Paired seeds: data, noise and start are the same for every lambda"""
 
@@ -54,13 +54,13 @@ class Basin:
     lambdas: tuple[NonNegative, ...] = (1.0, 1.9, 2.1, 2.2, 2.5, 3.0, 4.0, 5.0, 7.0, 10.0)
     """Strengths of early-learning regularization"""
     starts: Annotated[int, Range(low=2.0)] = 200
-    """Probabilities of the true class at the start: so many, evenly between 0 and 1"""
+    """Starts: so many probabilities of the true class, evenly between 0 and 1"""
     classes: Annotated[int, Range(low=3.0)] = 10
-    """Classes of the example with many; another has two"""
+    """Classes of one example; another one has two"""
     beta: Annotated[Decay, Replica] = 0.7
     """How much of its target the example keeps at a step"""
     learning_rate: Annotated[Positive, Replica] = 0.02
-    """Of gradient descent on the logits"""
+    """Learning rate of gradient descent on the logits"""
     steps: Count = 4000
     """Steps, after which the example is at one class or the other"""
 
@@ -81,9 +81,9 @@ class Distillation:
     noise: Annotated[Positive, Replica] = 0.5
     """Standard deviation of the noise on sin(2 pi x)"""
     gamma: Annotated[Positive, Replica] = 80.0
-    """Of the kernel exp(-gamma (x - z)^2)"""
+    """Sharpness of the kernel exp(-gamma (x - z)^2)"""
     ridge: Annotated[Positive, Replica] = 0.2
-    """Ridge of every student"""
+    """Ridge penalty of every student"""
     steps: Annotated[int, Range(low=2.0)] = 10
     """Students, the first of which is plain kernel ridge regression"""
     replicas: Count = 100
@@ -104,4 +104,4 @@ class Config:
 
     study: Study = Phases()
     seed: Annotated[Seed, Replica] = 0
-    """Of everything random"""
+    """Seed of everything random"""

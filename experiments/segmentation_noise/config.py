@@ -21,9 +21,10 @@ class Shapes:
     noise: NonNegative = 0.5
     """Standard deviation of a pixel; disk and square have intensity 1 and -1"""
     iterations: tuple[Count, ...] = (1, 2)
-    """Each image's classes are eroded or dilated by one of these, the square by 1 less"""
+    """Pixels, one of these for each image, by which its classes are eroded or dilated; the square
+    by 1 less"""
     seed: Seed = 0
-    """Of the images, which all replicas share; what is wrong differs between them"""
+    """Seed of the images, which all networks share; what is wrong in their labels differs"""
 
     def __post_init__(self) -> None:
         if not self.iterations:
@@ -35,7 +36,7 @@ class Consistency:
     """Several scales: what labels are corrected to, and what a network is made to agree on."""
 
     weight: Annotated[NonNegative, Replica] = 1.0
-    """Of the consistency loss, in the methods that have it"""
+    """Weight of the consistency loss, in the methods that have it"""
     rho: Fraction = 0.8
     """Probability of the most likely class above which a pixel counts"""
     per: Literal["pixel", "image"] = "pixel"
@@ -43,7 +44,7 @@ class Consistency:
     scales: tuple[Positive, ...] = (0.75, 1.0, 1.5)
     """Factors by which images are resized"""
     cross_entropy: Literal["native", "scales"] = "scales"
-    """In those methods: of the image as it is, or the mean over the scales"""
+    """For those methods: cross-entropy of the image as it is, or its mean over the scales"""
 
 
 @frozen
@@ -52,11 +53,12 @@ class Comparison:
 
     methods: tuple[Method, ...] = ("ce", "adele", "early", "late", "consistency",
                                    "adele_consistency")  # fmt: skip
-    """ce: no correction; early, late: all classes at once, after the first epoch, or at late"""
+    """ce: no correction; adele: each class when it is due; early, late: all classes at once, after
+    the first epoch or study.late; consistency: the loss over scales, alone or with adele"""
     late: Fraction = 0.75
-    """Part of the training after which the control corrects"""
+    """Part of the training, 0 to 1, after which the method late corrects"""
     replicas: Count = 4
-    """Paired seeds of each method: what is wrong, initialisation, order"""
+    """Networks trained by each method, with the same seeds (annotations, initialisation, order)"""
 
     def __post_init__(self) -> None:
         if not self.methods or len(set(self.methods)) < len(self.methods):
@@ -70,7 +72,7 @@ class Timing:
     at: tuple[Count, ...] = (1, 3, 5, 7, 10, 15, 20, 30, 45)
     """Epochs after which labels are corrected"""
     replicas: Count = 4
-    """Paired seeds of each epoch, of no correction, and of the detection"""
+    """Networks trained for each epoch, for no correction and for the detection; the same seeds"""
 
     def __post_init__(self) -> None:
         if not self.at or sorted(set(self.at)) != list(self.at):
@@ -88,7 +90,7 @@ class Config:
     model: models.Unet = models.Unet(norm="none")
     train: Train = Train(optimizer=optim.Adam(learning_rate=3e-3), batch_size=5)
     epochs: Count = 60
-    """Training"""
+    """Length of the training in epochs"""
     detection: Detection = Detection()
     correction: Correction = Correction()
     repeat: Literal["once", "restart", "cumulative"] = "once"
@@ -98,7 +100,7 @@ class Config:
     consistency: Consistency = Consistency()
     study: Study = Comparison()
     seed: Annotated[Seed, Replica] = 0
-    """Of what is wrong, initialisation and order"""
+    """Seed of what is wrong in annotations, of initialisations and of the order of batches"""
 
     def __post_init__(self) -> None:
         if isinstance(self.study, Timing) and self.study.at[-1] > self.epochs:

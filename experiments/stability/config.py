@@ -19,7 +19,7 @@ class Edge:
     """Full-batch training: sharpness against each optimizer's own threshold."""
 
     rules: tuple[Rule, ...] = ("gd", "heavy_ball", "nesterov", "adam", "rmsprop")
-    """Optimizers, at the rates of ``edge.RULES`` times ``scale``"""
+    """Optimizers, each at its own learning rate times study.scale"""
     scale: Annotated[Positive, Replica] = 1.0
     """Factor on every learning rate"""
     control: Positive = 0.33
@@ -29,7 +29,7 @@ class Edge:
     every: Count = 20
     """Steps between measurements of the sharpness"""
     replicas: Count = 3
-    """Initialisations of each optimizer"""
+    """Networks trained by each optimizer"""
 
     def __post_init__(self) -> None:
         _different("Edge.rules", self.rules)
@@ -42,15 +42,15 @@ class Batches:
     sizes: tuple[Count, ...] = (8, 32, 128, 500)
     """Batch sizes; the last should be all examples"""
     learning_rate: Annotated[Positive, Replica] = 0.2
-    """Of plain SGD"""
+    """Learning rate of plain SGD"""
     steps: Count = 10_000
     """Steps, the same for every size"""
     every: Count = 500
     """Steps between measurements"""
     averaged: Count = 6
-    """Last measurements that are averaged"""
+    """How many of the last measurements are averaged"""
     replicas: Count = 3
-    """Initialisations and orders of each size"""
+    """Networks trained with each size"""
 
     def __post_init__(self) -> None:
         _different("Batches.sizes", self.sizes)
@@ -61,17 +61,17 @@ class Spectra:
     """Full-batch gradient descent: the density of the eigenvalues of the Hessian over training."""
 
     learning_rate: Annotated[Positive, Replica] = 0.3
-    """Of plain gradient descent"""
+    """Learning rate of plain gradient descent"""
     steps: Count = 2500
     """Full-batch steps"""
     measured: tuple[int, ...] = (0, 30, 100, 200, 400, 800, 1500)
-    """Steps after which the spectrum is measured, besides the last"""
+    """Steps after which the spectrum is measured, as it is after the last one"""
     k: Count = 80
-    """Lanczos steps from each random vector: the resolution"""
+    """Lanczos steps from each random vector; more of them resolve the density finer"""
     num: Count = 10
-    """Random vectors: what the errors of traces fall with"""
+    """Random vectors, at least 2; errors fall with the square root of their number"""
     replicas: Count = 3
-    """Initialisations"""
+    """Networks trained"""
 
     def __post_init__(self) -> None:
         if any(step < 0 for step in self.measured):
@@ -85,7 +85,7 @@ class Config:
     """One study of the sharpness of a network while it trains."""
 
     data: DataConfig = DataConfig(num_train=500)
-    """Pixels are centred one by one and divided by the largest"""
+    """The examples; pixels are centred one by one and divided by the largest"""
     model: models.Model = models.MLP(width=32, depth=2, activation="tanh")
     loss: Literal["squared_error", "cross_entropy"] = "squared_error"
     """squared_error: 1/2 the squared distance to the one-hot label"""
@@ -93,8 +93,8 @@ class Config:
     cold: Count = 20
     """Lanczos steps of the first measurement of a run"""
     warm: Count = 8
-    """Lanczos steps of the others, from the vector before"""
+    """Lanczos steps of the others, which begin with the vector that the one before found"""
     weight_decay: Annotated[NonNegative, Replica] = 0.0
-    """Of every optimizer"""
+    """Weight decay of every optimizer"""
     seed: Annotated[Seed, Replica] = 0
-    """Of initialisations and orders"""
+    """Seed of initialisations and of the order of batches"""

@@ -19,9 +19,9 @@ class Diagonal:
     """Minibatches on the diagonal net <u*u - v*v, x>: how sharp are the minima they stay at?"""
 
     learning_rates: tuple[float, ...] = (0.004, 0.008, 0.012, 0.016, 0.024)
-    """Of SGD and of gradient descent"""
+    """Learning rates of SGD and of gradient descent"""
     large_rates: tuple[float, ...] = (0.05, 0.1, 0.14)
-    """Of gradient descent alone; at them SGD with one example a batch diverges"""
+    """Larger ones, of gradient descent alone: SGD with one example a batch diverges at them"""
     batches: tuple[Count, ...] = (1, 4)
     """Batch sizes of SGD, drawn with replacement; 1 must be among them, others are its control"""
     examples: Count = 20
@@ -31,15 +31,15 @@ class Diagonal:
     nonzero: Count = 5
     """Coordinates that the targets depend on"""
     start: Annotated[Positive, Replica] = 0.6
-    """Of every u and v"""
+    """Value of every u and v at the start"""
     steps: Count = 40_000
     """Steps, after which the loss is at the rounding of float32"""
     features: Annotated[int, Range(low=17.0)] = 60
-    """Gradients of the minima whose critical learning rates are computed exactly"""
+    """Gradients at each of the minima whose critical learning rates are computed exactly"""
     directions: Dim = 12
-    """Their dimension"""
+    """Dimension of these gradients"""
     replicas: Count = 4
-    """Paired seeds: the data are the same for every batch size and learning rate"""
+    """Seeds; with each the data are the same for every batch size and learning rate"""
 
     def __post_init__(self) -> None:
         _rising("Diagonal.learning_rates", self.learning_rates)
@@ -61,7 +61,7 @@ class Perceptron:
     gammas: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8)
     """Step sizes"""
     examples: Annotated[int, Range(low=3.0)] = 1000
-    """Of the worst case: all but one alike"""
+    """Examples of the worst case: all alike but one"""
     classes: tuple[Class, ...] = (3, 8)
     """The two digits that are told apart"""
     noise: Annotated[Positive, Replica] = 1e-3
@@ -71,7 +71,7 @@ class Perceptron:
     digits_steps: Count = 100
     """Steps on the digits"""
     replicas: Count = 3
-    """Paired seeds: the noise"""
+    """Seeds of the noise, the same for every step size"""
 
     def __post_init__(self) -> None:
         _rising("Perceptron.gammas", self.gammas)
@@ -86,31 +86,31 @@ class Sensing:
     dim: Dim = 20
     """Rows of the matrix"""
     rank: Count = 2
-    """Its rank"""
+    """Rank of the matrix"""
     smallest: Decay = 0.5
-    """Its smallest eigenvalue, the largest is 1"""
+    """Smallest of its eigenvalues above 0; the largest is 1"""
     columns: tuple[Count, ...] = (2, 3, 4, 6)
-    """Of the factor X of X X^T; the rank must be among them, and more"""
+    """Columns of the factor X of X X^T: the rank first, then more"""
     learning_rate: Annotated[Positive, Replica] = 0.1
-    """Of gradient descent"""
+    """Learning rate of gradient descent"""
     start: Annotated[Positive, Replica] = 0.1
     """Standard deviation of X at the start"""
     steps: Count = 20_000
     """Steps of the symmetric factor"""
     scales: tuple[float, ...] = (0.05, 0.1)
-    """Standard deviations of F at the start, of F G^T"""
+    """Standard deviations of F at the start, in the product F G^T"""
     imbalance: Annotated[float, Range(above=0.0, below=1.0), Replica] = 1 / 3
-    """How much smaller G is at the start"""
+    """Factor on the standard deviation of F that gives G's at the start, between 0 and 1"""
     width: Count = 4
     """Columns of F and of G"""
     before: Count = 1500
-    """Steps of F G^T before the one step is modified"""
+    """Steps of F G^T before the one step that is modified"""
     after: Count = 400
-    """Steps after it"""
+    """Steps after the modified one"""
     raised: Annotated[Positive, Replica] = 0.6
     """What the modification raises the small singular values of F to"""
     replicas: Count = 3
-    """Paired seeds: the matrix and the start"""
+    """Seeds of the matrix and the start"""
 
     def __post_init__(self) -> None:
         _rising("Sensing.columns", self.columns)
@@ -136,27 +136,27 @@ class Robust:
     dim: Dim = 20
     """Rows of the matrix"""
     rank: Count = 2
-    """Its rank"""
+    """Rank of the matrix"""
     smallest: Decay = 0.5
-    """Its smallest eigenvalue, the largest is 1"""
+    """Smallest of its eigenvalues above 0; the largest is 1"""
     measurements: Count = 1200
-    """Gaussian"""
+    """Measurements of the matrix, inner products with Gaussian matrices"""
     outliers: Annotated[Fraction, Replica] = 0.3
     """Part of the measurements that are wrong"""
     columns: tuple[Count, ...] = (2, 20)
-    """Of the factor U of U U^T: the rank, and more"""
+    """Columns of the factor U of U U^T: the rank first, then more"""
     scales: tuple[float, ...] = (1e-6, 1e-3, 0.1)
-    """Of U at the start"""
+    """Scales of U at the start"""
     learning_rate: Annotated[Positive, Replica] = 0.3
-    """Of the first step of the sub-gradient method"""
+    """Learning rate of the first step of the sub-gradient method"""
     decay: Annotated[Decay, Replica] = 0.995
-    """Its factor in every step"""
+    """Factor on that learning rate in every step"""
     square_rate: Annotated[Positive, Replica] = 0.1
     """The constant learning rate of gradient descent on squares"""
     steps: Count = 2500
-    """Of either"""
+    """Steps of either method"""
     replicas: Count = 3
-    """Paired seeds: the matrix and its measurements"""
+    """Seeds of the matrix and its measurements"""
 
     def __post_init__(self) -> None:
         _rising("Robust.scales", self.scales)
@@ -177,4 +177,4 @@ class Config:
 
     study: Study = Diagonal()
     seed: Annotated[Seed, Replica] = 0
-    """Of everything random"""
+    """Seed of everything random"""

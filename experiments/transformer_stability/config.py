@@ -3,7 +3,7 @@
 from typing import Annotated, Literal
 
 from dynamics import optim
-from dynamics.config import Count, Fraction, NonNegative, Positive, Range, Replica, Seed, frozen
+from dynamics.config import Count, Fraction, NonNegative, Positive, Replica, Seed, frozen
 
 Intervention = Literal[
     "none", "qk_norm", "z_loss", "no_decay", "scaled_decay", "mu_param", "long_warmup"
@@ -54,7 +54,7 @@ class Rates:
         "mu_param",
         "long_warmup",
     )
-    """What is changed of the recipe, one thing at a time; the same seeds and order of batches"""
+    """What is changed of the recipe, one thing at a time, with the same seeds for all"""
     widths: tuple[Count, ...] = (32,)
     """Sizes of the residual stream"""
     rates: tuple[Positive, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -62,7 +62,7 @@ class Rates:
     every: Count = 50
     """Steps between measurements"""
     replicas: Count = 4
-    """Paired seeds of each"""
+    """Networks trained for each of these, with the same seeds for all"""
 
     def __post_init__(self) -> None:
         _different("Rates.interventions", self.interventions)
@@ -81,11 +81,11 @@ class Widths:
     rates: tuple[Positive, ...] = (1e-2, 3e-2, 1e-1)
     """Peak learning rates"""
     first: Count = 70
-    """The first step at which attention is measured; a figure takes the mean"""
+    """The first step after which attention is measured; the figure shows the mean up to last"""
     last: Count = 80
     """The last one, where training stops; the schedule is that of all steps"""
     replicas: Count = 4
-    """Seeds of each"""
+    """Networks trained for each of these"""
 
     def __post_init__(self) -> None:
         _different("Widths.interventions", self.interventions)
@@ -100,13 +100,13 @@ class Changes:
     """How far an intervention goes."""
 
     z_loss: Annotated[NonNegative, Replica] = 1e-4
-    """z_loss: its coefficient; without the intervention 0"""
+    """For z_loss: its coefficient, which is 0 without the intervention"""
     scaled_decay: Annotated[NonNegative, Replica] = 0.1
-    """scaled_decay: the weight decay, times the learning rate, that replaces the recipe's"""
+    """For scaled_decay: the weight decay, times the learning rate, in place of the recipe's"""
     base_fan_in: Count = 32
-    """mu_param: linear layers learn at rate * this / fan_in; the paper's widths begin at 256"""
+    """For mu_param: linear layers learn at the rate * this / fan_in; 256 in the paper"""
     warmup: Fraction = 0.25
-    """long_warmup: its part of the steps, instead of the schedule's"""
+    """For long_warmup: the part of the steps that it takes, in place of the schedule's"""
 
 
 @frozen
@@ -117,7 +117,7 @@ class Config:
     depth: Count = 2
     """Blocks"""
     head_width: Count = 16
-    """Width of an attention head; must divide the widths"""
+    """Width of an attention head, which must divide study.widths"""
     optimizer: optim.Adam = optim.Adam(
         momentum=0.9,
         second_moment=0.95,
@@ -130,15 +130,15 @@ class Config:
     batch_size: Count = 16
     """Windows a step"""
     steps: Count = 300
-    """Of the schedule"""
+    """Training steps that the schedule spans"""
     validation: Count = 256
-    """Test windows that the loss is measured on, evenly apart"""
-    probed: Annotated[int, Range(low=1.0)] = 16
-    """Of them, windows that attention and sizes are measured on"""
+    """Test windows that the loss is measured on, spread evenly"""
+    probed: Count = 16
+    """How many of these windows attention and sizes are measured on"""
     changes: Changes = Changes()
     study: Rates | Widths = Rates()
     seed: Annotated[Seed, Replica] = 0
-    """Of the initialisations and the order of batches"""
+    """Seed of initialisations and of the order of batches"""
 
     def __post_init__(self) -> None:
         kept = self.optimizer
@@ -156,6 +156,11 @@ class Config:
             raise ValueError(
                 "optimizer.schedule must be Cosine or Linear, which have a warm-up, got "
                 f"{type(kept.schedule).__name__}"
+            )
+        if self.probed > self.validation:
+            raise ValueError(
+                f"probed must be <= validation {self.validation}, of which it is a part, got "
+                f"{self.probed}"
             )
         if wrong := [width for width in self.study.widths if width % self.head_width]:
             raise ValueError(f"head_width {self.head_width} must divide the widths, got {wrong[0]}")

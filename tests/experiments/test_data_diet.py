@@ -365,7 +365,7 @@ def test_impossible_studies_are_refused(change: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"score.epochs": (0.0, 0.01, 1.0)}, "score.epochs must be at least a step apart"),
+        ({"score.epochs": (0.0, 0.01, 1.0)}, "score.epochs must be at least a step of"),
         (
             {"study": Connectivity(examples=101, scored_at=1.0, replicas=2)},
             "at most 100 of 200, got 101",
@@ -374,8 +374,17 @@ def test_impossible_studies_are_refused(change: Any, message: str) -> None:
             {"study": Velocity(examples=201, scored_at=1.0, replicas=2)},
             "at most 200 of 200, got 201",
         ),
-        ({"study": Rescoring(every=0.01, replicas=2)}, "at least a step long"),
-        ({"study": Rescoring(warmup=1.0, epochs=1.01, replicas=2)}, "at least a step long"),
+        ({"score.epochs": (0.0, 1.0, 1.01)}, "score.epochs must be at least a step apart"),
+        ({"study": Rescoring(every=0.01, replicas=2)}, "study.every must be at least a step of"),
+        (
+            {"study": Rescoring(warmup=1.0, epochs=1.01, replicas=2)},
+            "study.warmup must be a step shorter",
+        ),
+        ({"study": Timing(epochs=0.001, replicas=2)}, "study.epochs must be at least a step of"),
+        (
+            {"study": Connectivity(spawn=(0.0, 0.001), scored_at=1.0, replicas=2)},
+            "study.spawn must be at least a step of",
+        ),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_trained(

@@ -170,6 +170,8 @@ def test_noise_of_a_kind(data: Any, kind: Any) -> None:
         ({"noise": "asymmetric_cifar10", "rate": 0.5}, "rate must be < 0.5"),
         ({"train": Train(batch_size=200)}, "batch_size must be <= the 120"),
         ({"epochs": 0.01, "study": Rates()}, "epochs must be at least a step"),
+        ({"study": Curves(every=1e-4)}, "study.every must be at least a step"),
+        ({"study": Curves(detected_at=(1e-4, 3.0))}, "study.detected_at must be at least a step"),
         ({"noise": "cifar100_blocks", "rate": 1.5}, "Config.rate must be >= 0 and <= 1"),
     ],
 )

@@ -390,7 +390,7 @@ def test_bad_values_are_refused(study: Any, values: dict, message: str) -> None:
 
 
 def test_a_mesh_must_take_the_population() -> None:
-    with pytest.raises(ValueError, match="the number of replicas must be a multiple"):
+    with pytest.raises(ValueError, match="the number of members must be a multiple"):
         theory.run(Config(study=TINY), None, mesh.make(3))
-    with pytest.raises(ValueError, match="the number of replicas must be a multiple"):
+    with pytest.raises(ValueError, match="the number of members must be a multiple"):
         theory.run(Config(study=Basin(lambdas=(3.0,), starts=5)), None, mesh.make(2))

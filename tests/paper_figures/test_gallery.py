@@ -114,7 +114,7 @@ def test_no_runs_is_one_line_that_says_how_to_make_one(tmp_path, made_up, capsys
 
 def test_an_unknown_name_is_one_line_with_the_known_ones(tmp_path, made_up, capsys):
     assert main(tmp_path, "mad_up") == 2
-    assert capsys.readouterr().err == "no figure 'mad_up'; there are: made_up_figure\n"
+    assert capsys.readouterr().err == "error: no figure 'mad_up'; perhaps made_up\n"
 
 
 def test_runs_are_drawn_together_that_differ_in_that_alone(tmp_path, studies, capsys):

@@ -156,9 +156,9 @@ def test_whole() -> None:
 @pytest.mark.parametrize(
     ("replicas", "options", "message"),
     [
-        (3, {}, "pairs of replicas and an odd number of points, got 3 replicas and 5 points"),
-        (2, {"points": 4}, "got 2 replicas and 4 points"),
-        (2, {"points": 1}, "got 2 replicas and 1 points"),
+        (3, {}, "pairs of members and an odd number of points, got 3 members and 5 points"),
+        (2, {"points": 4}, "got 2 members and 4 points"),
+        (2, {"points": 1}, "got 2 members and 1 points"),
     ],
 )
 def test_refusals(replicas: int, options: Any, message: str) -> None:

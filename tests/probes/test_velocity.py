@@ -133,7 +133,7 @@ def unchecked() -> Any:
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        (np.stack([GROUPS] * 3), r"k the number of replicas, 2, got \[3, 2, 3\]"),
+        (np.stack([GROUPS] * 3), r"k the number of members, 2, got \[3, 2, 3\]"),
         (GROUPS[0], r"groups must be rows \[g, m\], or \[k, g, m\] .* got \[3\]"),
         (GROUPS + 30, "groups must hold rows 0 to 39 of the data"),
         (GROUPS - 1, "groups must hold rows 0 to 39 of the data"),

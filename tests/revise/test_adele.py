@@ -324,7 +324,7 @@ def test_convolutions_over_scales() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"every": 0}, "every of 'adele' must be a positive number of steps, got 0"),
+        ({"every": 0}, "every of 'adele' must be at least 1, got 0"),
         ({"epochs": 0}, "Adele.epochs must be >= 1, got 0"),
         ({"parts": 13}, "Adele.parts must be <= 12, the examples there are, got 13"),
         ({"interval": 0}, "Adele.interval must be >= 1, got 0"),
