@@ -344,7 +344,7 @@ def test_a_stream_without_labels_is_refused() -> None:
     optimizer, devices = rule.make(3), mesh.make()
     keys = jax.random.split(jax.random.key(0), K)
     state = fit.init(NET, optimizer, keys, rule.hyperparameters(), devices)
-    with pytest.raises(ValueError, match=r"labels of shape \(3, 12, 8, 8\).* replica, got none"):
+    with pytest.raises(ValueError, match=r"labels of shape \(3, 12, 8, 8\).* member, got none"):
         fit.fit(
             *(NET, optimizer, state, resident(DATA, BATCH, K), 3, devices),
             data={"train": DATA},
