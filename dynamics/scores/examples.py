@@ -49,19 +49,11 @@ def over_examples(
             f"labels must be one row of {n} for each member of a population, got {labels.shape}; "
             "for one state, give data with other labels"
         )
-    if each is None or labels is not None:  # those of a run's data sets are checked at its start
-        found, one = class_range(data.y if labels is None else labels), state
-        if each is not None:
-            one = jax.eval_shape(lambda state: population.take(state, 0), state)
+    if each is None:  # a run checks the labels of its data sets at its start
         batch = jax.eval_shape(lambda: take(data, np.arange(min(2, n))))
-        aux = jax.eval_shape(
-            lambda state, batch: task.evaluate(
-                state.params, state.extras, batch, state.hyperparameters
-            ),
-            one,
-            batch,
-        )
-        check_classes(found, aux.logits, aux.y)
+        parts_of = (state.params, state.extras, batch, state.hyperparameters)
+        aux = jax.eval_shape(task.evaluate, *parts_of)
+        check_classes(class_range(data.y), aux.logits, aux.y)
     size = min(batch_size, n)
     fn = by_value(_PerExample(by_value(score), task).scored)
     y = np.asarray(data.y) if labels is None else labels
