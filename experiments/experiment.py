@@ -113,10 +113,10 @@ class Experiment(Generic[C]):
 
         def compute(points: Sequence[C], recorder: Recorder | None) -> list[Findings]:
             found = self.study(Job(points, data, mesh, recorder, root))
-            if untold := record.untold(found.frames):
+            if silent := record.without_status(found.frames):
                 raise ValueError(
                     f"{self.name}: frames with replicas must say which of them diverged, in a "
-                    f"column 'diverged' of one of {untold}"
+                    f"column 'diverged' of one of {silent}"
                 )
             return [of_point(found, p) for p in range(len(points))]
 

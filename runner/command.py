@@ -44,7 +44,7 @@ environment: DYNAMICS_DATA   the folder of data sets (default: none; digits need
              DYNAMICS_CACHE  the folder of compiled programs, or off (default: the user's cache)
              JAX_NUM_CPU_DEVICES  devices to split a CPU into (default: one per core)
 exit status: 0 done, 1 some runs are missing, 2 refused, 3 another host was lost, 4 done, but every
-             member of some run diverged: stored, and no result
+             member of some run diverged: stored, and no result; 70 a fault of the program
 several hosts: the same command on each; found by itself on SLURM, Open MPI, Kubernetes and Cloud
              TPU, else JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES JAX_PROCESS_ID;
              DYNAMICS_PATIENCE  seconds to wait for one that does not arrive (default: 600)
@@ -269,7 +269,7 @@ def _say_diverged(name: str, points: Sequence[Any], where: Where) -> int:
     status = 0
     for path in [where.runs / name / configs.fingerprint(point) for point in points]:
         frames = record.read(path).frames
-        if record.nothing(frames):
+        if record.all_diverged(frames):
             print(f"no result: every member diverged in {path}", file=sys.stderr)
             status = DIVERGED
         elif lost := str(record.seeds(frames)):

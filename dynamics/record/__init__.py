@@ -28,7 +28,7 @@ from dynamics.record.files import (
 )
 from dynamics.record.points import alone, completed, finished
 from dynamics.record.reading import export, read, read_all, runs
-from dynamics.record.seeds import SCORED, Seeds, nothing, seeds, untold
+from dynamics.record.seeds import SCORED, Seeds, all_diverged, seeds, without_status
 from dynamics.record.writing import Recorder, named, provenance
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Recorder",
     "Run",
     "Seeds",
+    "all_diverged",
     "alone",
     "asked",
     "completed",
@@ -47,7 +48,6 @@ __all__ = [
     "finished",
     "frame",
     "named",
-    "nothing",
     "over_steps",
     "provenance",
     "read",
@@ -55,6 +55,6 @@ __all__ = [
     "runs",
     "seeds",
     "stacked",
-    "untold",
+    "without_status",
     "write",
 ]

@@ -38,14 +38,14 @@ def seeds(frames: Mapping[str, pl.DataFrame]) -> Seeds:
     return Seeds(tuple(whole.to_list()), tuple(lost.to_list()))
 
 
-def nothing(frames: Mapping[str, pl.DataFrame]) -> bool:
+def all_diverged(frames: Mapping[str, pl.DataFrame]) -> bool:
     """Whether every member that the frames tell of diverged: there is no result."""
     told = {n: frame["diverged"] for n, frame in frames.items() if "diverged" in frame.columns}
     results = [column for name, column in told.items() if name != SCORED] or list(told.values())
     return any(map(len, results)) and all(column.is_not_null().all() for column in results)
 
 
-def untold(frames: Mapping[str, pl.DataFrame]) -> list[str]:
+def without_status(frames: Mapping[str, pl.DataFrame]) -> list[str]:
     """The frames that have replicas, if none of the frames says which of them diverged."""
     has = [name for name, frame in frames.items() if "replica" in frame.columns]
     return [] if any("diverged" in frames[name].columns for name in has) else has

@@ -52,11 +52,8 @@ class Recorder:
         RecordError: another process has it, it holds another config's run, or can't be written.
         ValueError: an entry of the config or of ``about`` that JSON can't hold; nothing is made.
         """
-        self.path, self._config, self._about = (
-            Path(path),
-            config,
-            configs.to_dict(about or {}, "about"),
-        )
+        self.path, self._config = Path(path), config
+        self._about = configs.to_dict(about or {}, "about")
         configs.to_json(config)
         self._rows, self._sums = self.path / "rows.jsonl", self.path / "sums.jsonl"
         self._end: int | None = None  # of the live rows that are vouched for

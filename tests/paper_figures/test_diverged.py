@@ -268,8 +268,8 @@ def test_seeds_are_lost_in_all_frames_and_counted_once():
     scored = pl.DataFrame({"replica": [0], "diverged": [1]})
     found = record.seeds({"a": a, "b": b, "scored": scored, "c": pl.DataFrame({"replica": [9]})})
     assert found == ((0, 3), (1, 2)) and str(found) == "2 of 4 seeds diverged"
-    assert record.untold({"c": pl.DataFrame({"replica": [9]})}) == ["c"]
-    assert record.untold({"a": a, "c": pl.DataFrame({"replica": [9]})}) == []
+    assert record.without_status({"c": pl.DataFrame({"replica": [9]})}) == ["c"]
+    assert record.without_status({"a": a, "c": pl.DataFrame({"replica": [9]})}) == []
     assert str(record.seeds({"a": a.head(1)})) == ""
 
 

@@ -54,8 +54,11 @@ def test_exported_scores_are_those_of_runs_that_did_not_diverge(gone: Any, poiso
     whole = [at is None for at in gone]
     wanted, kept = score[whole].mean(axis=0), sum(whole)
     score[np.logical_not(whole)] = poison
-    frames = {"scored": pl.DataFrame({"replica": range(3), "diverged": gone})}
-    arrays = {"el2n": Array(score, ("replica", "example"))}
+    frames = {"scored": pl.DataFrame({"draw": 0, "replica": range(3), "diverged": gone})}
+    arrays = {
+        "el2n": Array(score, ("replica", "example")),
+        "labels": Array(np.zeros((1, 4), np.int32), ("draw", "example")),
+    }
     run = record.Run(Path("runs/a/b"), "b", {}, {}, frames, arrays, done=True)
     mean = export.averages(run)["el2n"]
     np.testing.assert_allclose(mean.value, wanted, rtol=1e-12)
@@ -77,9 +80,9 @@ def test_there_is_no_result_if_every_member_diverged() -> None:
     def frame(*gone: int | None) -> pl.DataFrame:
         return pl.DataFrame({"replica": range(len(gone)), "diverged": gone})
 
-    assert record.nothing({"a": frame(1, 2), "scored": frame(None)})
-    assert not record.nothing({"a": frame(1, None)}) and not record.nothing({})
-    assert record.nothing({"scored": frame(1)}) and not record.nothing({"a": frame()})
+    assert record.all_diverged({"a": frame(1, 2), "scored": frame(None)})
+    assert not record.all_diverged({"a": frame(1, None)}) and not record.all_diverged({})
+    assert record.all_diverged({"scored": frame(1)}) and not record.all_diverged({"a": frame()})
 
 
 @pytest.mark.parametrize(
