@@ -55,8 +55,8 @@ def symmetric(y: ArrayLike, rate: float, num_classes: int, seed: int) -> Noisy:
 
     With one seed, what is flipped at a lower rate is flipped at a higher one, to the same labels.
     """
-    y = integers(y)
-    shift = _words("symmetric shift", len(y), seed) % np.uint64(max(num_classes - 1, 1)) + 1
+    y = check(y, rate, num_classes)
+    shift = _words("symmetric shift", len(y), seed) % np.uint64(num_classes - 1) + 1
     return _shifted(y, rate, num_classes, seed, shift)
 
 
@@ -68,8 +68,8 @@ def symmetric_including(y: ArrayLike, rate: float, num_classes: int, seed: int) 
 
     Reference: Liu et al. 2020, arXiv 2007.00151, whose code draws ceil(rate n); so does DivideMix.
     """
-    y = integers(y)
-    shift = _words("symmetric including", len(y), seed) % np.uint64(max(num_classes, 1))
+    y = check(y, rate, num_classes)
+    shift = _words("symmetric including", len(y), seed) % np.uint64(num_classes)
     return _shifted(y, rate, num_classes, seed, shift)
 
 
@@ -83,8 +83,7 @@ def asymmetric_cifar10(y: ArrayLike, rate: float, seed: int) -> Noisy:
     Reference: Patrini et al. 2017, arXiv 1609.03683, section 5; counts as in the code of Liu et al.
     2020, arXiv 2007.00151.
     """
-    y = integers(y)
-    check(y, rate, 10)
+    y = check(y, rate, 10)
     if rate >= 0.5:
         raise ValueError(f"rate must be < 0.5, beyond which cats and dogs swap, got {rate!r}")
     return _renamed(y, CIFAR10_CONFUSED, lambda count: math.ceil(rate * count), seed)
@@ -119,8 +118,7 @@ def transition(y: ArrayLike, matrix: Float[np.ndarray, "c c"], seed: int) -> Noi
     The rate is that of the draw; its expectation is the mean of 1 - matrix[i, i] over the labels.
     ValueError: rows that are no distributions.
     """
-    y = integers(y)
-    check(y, 0.0, len(matrix))
+    y = check(y, 0.0, len(matrix))
     rows = np.asarray(matrix, np.float64)
     if (rows < 0).any() or not np.allclose(rows.sum(axis=1), 1, atol=1e-6):
         raise ValueError(f"rows of the matrix must be >= 0 and sum to 1, got {rows.sum(axis=1)}")
@@ -145,7 +143,6 @@ def _renamed(y: np.ndarray, to: dict[int, int], count: Callable[[int], int], see
 
 def _shifted(y: np.ndarray, rate: float, num_classes: int, seed: int, shift: np.ndarray) -> Noisy:
     """The labels of round(rate n) examples moved on by ``shift``, modulo the number of classes."""
-    check(y, rate, num_classes)
     clean = y.astype(np.int64)
     order = np.argsort(_words("flip", len(y), seed), kind="stable")
     order = order[clean[order] != IGNORED]
@@ -163,27 +160,28 @@ def integers(y: ArrayLike) -> np.ndarray:
     return y
 
 
-def check(y: ArrayLike, rate: float, num_classes: int) -> None:
-    """ValueError unless labels, rate and number of classes go together."""
+def check(y: ArrayLike, rate: float, num_classes: int) -> np.ndarray:
+    """Labels [n] on the host; ValueError unless they, rate and number of classes go together."""
     if num_classes < 2:
         raise ValueError(f"num_classes must be >= 2 for a label to be wrong, got {num_classes}")
     if not 0 <= rate <= 1:
         raise ValueError(f"rate must be >= 0 and <= 1, got {rate!r}")
     y = integers(y)
-    y = y[y != IGNORED]
-    if not len(y):
+    known = y[y != IGNORED]
+    if not len(known):
         raise ValueError("y must hold at least one label, got none")
-    if y.min() < 0 or y.max() >= num_classes:
+    if known.min() < 0 or known.max() >= num_classes:
         raise ValueError(
-            f"y must be labels from 0 to {num_classes - 1}, got {y.min()} to {y.max()}"
+            f"y must be labels from 0 to {num_classes - 1}, got {known.min()} to {known.max()}"
         )
-    if rate and (nobody := num_classes - len(np.unique(y))):
+    if rate and (nobody := num_classes - len(np.unique(known))):
         log.warning(
             "%d of %d classes have no example, and wrong labels may name them: number the classes "
             "that there are from 0 without gaps",
             nobody,
             num_classes,
         )
+    return y
 
 
 def _words(purpose: str, n: int, seed: int) -> np.ndarray:
