@@ -192,8 +192,9 @@ def fit(
 
     ``how`` overrides ``population.choose``. The state passed in stays valid. Cost: one gradient
     evaluation of the batch for each step and replica; the task's loss is traced twice. ValueError,
-    before anything is compiled, for sizes that don't fit together. ``plan.Planned`` on a mesh of a
-    machine that is not here (``mesh.topology``): it can compile the run for it; nothing is run.
+    before anything is compiled, for sizes that don't fit together and labels that are no classes of
+    the network. ``plan.Planned`` on a mesh of a machine that is not here (``mesh.topology``): it
+    can compile the run for it; nothing is run.
     """
     meshes.check(mesh, population.size(state), stream.batch_size // accumulate)
     _check(

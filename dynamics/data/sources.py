@@ -86,7 +86,8 @@ class DataConfig:
     num_test: Count | None = None
     """Test examples, likewise; None: all."""
     test_fraction: Fraction = 0.25
-    """Part of each class that is tested on where the source has no test set (digits, some npz)."""
+    """Part of each class that is tested on where the source has no test set (digits, some npz); of
+    an npz file with groups, the part of all examples, in whole groups."""
     split_seed: Seed = 0
     """Seed of the split and of the choices of num_train and num_test."""
 
@@ -199,8 +200,8 @@ def of_arrays(x: Any, y: Any) -> Dataset:
     one = np.ones((1,) * (x.ndim - 1), np.float32)
     mean, std = (empty, empty) if tokens else (0 * one, one)
     if x.ndim == 2 and not tokens:
-        spread = moments(x)[1]
-        if spread.max() >= APART * spread.min():
+        spread = moments(x)[1][(x != x[0]).any(axis=0)]  # of columns that are not constant
+        if spread.size and spread.max() >= APART * spread.min():
             log.warning(
                 "the columns of x have spreads from %.3g to %.3g and are used as they are: one of "
                 "large numbers hides the others, standardise them first",

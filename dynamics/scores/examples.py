@@ -35,7 +35,7 @@ def over_examples(
     may have its own ``labels``, one for each example of ``data`` (else ValueError), and the result
     is [K, N, ...]. Batches, whose ``index`` is ``data.row``, go to the device one by one as stored;
     the result depends on ``batch_size`` by rounding only. ValueError: the examples of a batch
-    depend on each other (batch norm in training mode).
+    depend on each other (batch norm in training mode); labels that are no classes of the network.
     """
     n = checked(data)
     counts.check(batch_size=batch_size)
