@@ -142,7 +142,7 @@ def make(
         params = optax.apply_updates(state.params, updates)
         info = Info(aux=aux, grads=grads, updates=updates, squares=squares)
         metrics = {"loss": loss, **aux.scalars, **_observed(observers, state, info)}
-        state = _settled(state, _finite((loss, grads, params)), (params, extras, opt_state))
+        state = _settled(state, _finite(loss, grads, params), (params, extras, opt_state))
         return state, aux, metrics
 
     return step
@@ -238,14 +238,16 @@ def _over_microbatches(
     return whole
 
 
-def _finite(tree: PyTree) -> jax.Array:
-    """Whether all numbers of a tree are finite: bool[]. XLA makes one small all-reduce of all.
+def _finite(loss: jax.Array, grads: PyTree, params: PyTree) -> jax.Array:
+    """Whether loss, gradient and parameters are all finite: bool[]. Reads each number once.
 
-    By the largest magnitude, which is NaN if one is: on a CPU its loops take half the time of those
-    of ``isfinite(...).all()`` (MNIST's 784-512-512-10 with its gradient: 100 us a step less).
+    0 x is NaN where x is not finite, and a sum keeps it. A maximum does not: over a large array
+    XLA's, on a CPU, leaves NaN out (jax 0.10).
     """
-    largest = [jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)]
-    return functools.reduce(jnp.logical_and, [most < jnp.inf for most in largest])
+    zeros = jax.tree.map(lambda g, p: jnp.sum((0 * g).astype(p.dtype) + 0 * p), grads, params)
+    return functools.reduce(
+        jnp.logical_and, [zero == 0 for zero in jax.tree.leaves(zeros)], 0 * loss == 0
+    )
 
 
 def _settled(state: TrainState, finite: jax.Array, after: tuple) -> TrainState:

@@ -580,6 +580,30 @@ def test_divergence_is_decided_on_loss_gradient_and_update(
         same(getattr(found.state, name), getattr(state, name))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(), (7,), (4096,), (64, 128), (256, 512), (3, 3, 32, 64)])
+@pytest.mark.parametrize("place", ["loss", "gradient", "params"])
+def test_one_number_that_is_not_finite_is_found_anywhere(
+    shape: tuple[int, ...], bad: float, place: str
+) -> None:
+    """In leaves of any size: of a large one XLA's maximum on a CPU leaves NaN out."""
+    rng = np.random.default_rng(0)
+    loss = np.ones(8, np.float32)
+    grads, params = (
+        {
+            name: rng.normal(size=(8, *of)).astype(np.float32)
+            for name, of in {"b": (5,), "w": shape}.items()
+        }
+        for _ in range(2)
+    )
+    finite = jit(jax.vmap(step._finite))
+    assert finite(loss, grads, params).all()
+    poisoned = {"loss": loss, "gradient": grads["w"], "params": params["w"]}[place]
+    for member, row in enumerate(poisoned.reshape(8, -1)[:-1]):
+        poisoned.reshape(8, -1)[member, rng.integers(row.size)] = bad
+    np.testing.assert_array_equal(finite(loss, grads, params), [False] * 7 + [True])
+
+
 def test_weights_that_overflow_at_the_last_step_are_not_kept() -> None:
     found = run(LINE, optax.sgd(3e38), numbers(np.ones((2, 4))), scalars={})
     np.testing.assert_array_equal(found.states.diverged, [NEVER, 1])
