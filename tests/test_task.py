@@ -177,3 +177,89 @@ def test_of_dataset_reads_the_shape_and_kind_of_the_inputs() -> None:
     )
     assert shapes[0]["dense_0"]["kernel"].shape == (16, 3)
     jax.eval_shape(task.of_dataset(Tokens(), text).init, KEY, {})  # an Embed refuses floats
+
+
+# ---- modules of other signatures ----------------------------------------------------------------
+
+
+class Deterministic(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, deterministic: bool = True) -> Any:
+        return nn.Dropout(0.5)(nn.Dense(3)(x.reshape(len(x), -1)), deterministic=deterministic)
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, *, use_running_average: bool) -> Any:
+        h = nn.BatchNorm(use_running_average=use_running_average)(x.reshape(len(x), -1))
+        return nn.Dense(3)(h)
+
+
+class Both(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, training: bool, deterministic: bool) -> Any:
+        assert training != deterministic
+        return Deterministic()(x, deterministic)
+
+
+class Plain(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, width: int = 3) -> Any:
+        return nn.Dense(width)(x.reshape(len(x), -1))
+
+
+class Masked(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, mask: Any, train: bool) -> Any:
+        return nn.Dense(3)(x * mask)
+
+
+@pytest.mark.parametrize(
+    ("module", "noisy"),
+    [
+        (Deterministic(), True),
+        (Both(), True),
+        (Plain(), False),
+        (nn.Sequential([lambda x: x.reshape(len(x), -1), nn.Dense(3)]), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_module_is_told_the_mode_by_the_name_it_has_for_it(module: Any, noisy: bool) -> None:
+    net = task.classification(module, X.shape[1:])
+    params, extras = net.init(KEY, {})
+    calm = net.evaluate(params, extras, BATCH, {}).logits
+    trained = net.loss(params, extras, BATCH, KEY, {})[1][1].logits
+    (kernel, bias) = (
+        np.asarray(next(x for x in jax.tree.leaves(params) if x.ndim == n)) for n in (2, 1)
+    )
+    np.testing.assert_allclose(calm, X.reshape(6, -1) @ kernel + bias, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(trained, calm) != noisy
+
+
+def test_batch_norm_that_is_told_to_use_its_averages() -> None:
+    net = task.classification(Normed(), X.shape[1:])
+    params, extras = net.init(KEY, {})
+    _, (after, aux) = net.loss(params, extras, BATCH, KEY, {})
+    flat = X.reshape(6, -1)
+    wanted = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+    kernel = params["Dense_0"]["kernel"]
+    np.testing.assert_allclose(aux.logits, wanted @ kernel, rtol=1e-3, atol=1e-3)
+    still = net.evaluate(params, extras, BATCH, {}).logits  # averages of 0 and 1 at first
+    np.testing.assert_allclose(still, flat / np.sqrt(1 + 1e-5) @ kernel, rtol=1e-4, atol=1e-4)
+    mean = after["batch_stats"]["BatchNorm_0"]["mean"]
+    np.testing.assert_allclose(mean, 0.01 * flat.mean(0), rtol=1e-4)
+
+
+def test_a_module_that_needs_more_than_a_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="Masked is called with 'mask', which a task has not"):
+        task.classification(Masked(), X.shape[1:])
+
+
+def test_a_module_of_equinox() -> None:
+    """The block of docs/extending.md."""
+    eqx = pytest.importorskip("equinox")
+    made = eqx.nn.MLP(16, 3, 4, 1, key=KEY)
+    params, rest = eqx.partition(made, eqx.is_inexact_array)
+    net = task.of_function(lambda params, x: jax.vmap(eqx.combine(params, rest))(x.reshape(6, -1)))
+    logits = net.evaluate(params, {}, BATCH, {}).logits
+    np.testing.assert_allclose(logits, jax.vmap(made)(X.reshape(6, -1)), rtol=1e-5)

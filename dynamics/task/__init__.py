@@ -1,5 +1,6 @@
 """A model and a per-example loss become a Task; modes and batch statistics end here."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -19,6 +20,8 @@ from dynamics.types import NO_SCALARS, Aux, Batch, Dataset, Key, PyTree, Scalars
 __all__ = ["classification", "elr", "elr_plus", "of_dataset", "of_function", "of_methods", "z_loss"]
 
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
+MODES = {"train": True, "training": True, "deterministic": False, "use_running_average": False}
+"""Arguments by which flax modules are told the mode, and their values in training."""
 
 
 def classification(
@@ -30,26 +33,48 @@ def classification(
 ) -> Task:
     """The mean over a batch of ``loss(module(x), y)``.
 
-    The module is called ``module.apply(variables, x, train=...)``; collections other than params
-    (batch statistics) become ``extras``. Labels may have more axes than the batch (a token each):
-    an example's loss is the mean over them. Where a label is ``IGNORED`` any ``loss`` is left out.
+    The module is called with a batch ``x`` and those of ``train``, ``training``, ``deterministic``
+    and ``use_running_average`` that its ``__call__`` names; with ``x`` alone if it names none, and
+    is then the same in training and evaluation. Collections other than params (batch statistics)
+    become ``extras``. Labels may have more axes than the batch (a token each): an example's loss is
+    the mean over them. Where a label is ``IGNORED`` any ``loss`` is left out.
+
+    ValueError: the module's ``__call__`` needs another argument.
+
     Tasks of equal modules, shapes and losses are equal; ``functools.partial(losses.label_smoothing,
     epsilon=0.1)`` is a loss by its values, a lambda is equal to itself alone.
     """
     shape = tuple(int(side) for side in input_shape)
-    return of_methods(_Classification(module, shape, by_value(loss), jnp.dtype(input_dtype)))
+    modes = _modes(module)
+    return of_methods(_Classification(module, modes, shape, by_value(loss), jnp.dtype(input_dtype)))
+
+
+def _modes(module: nn.Module) -> tuple[str, ...]:
+    """The arguments of a module's ``__call__`` that say whether it is in training."""
+    named = list(inspect.signature(type(module).__call__).parameters.values())[2:]  # self, x
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for argument in named:
+        needed = argument.default is inspect.Parameter.empty and argument.kind not in several
+        if needed and argument.name not in MODES:
+            raise ValueError(
+                f"{type(module).__name__} is called with {argument.name!r}, which a task has not: "
+                f"it gives x, and of {', '.join(MODES)} what the module names. Give "
+                f"{argument.name!r} a default, or write the task's functions (docs/extending.md)"
+            )
+    return tuple(argument.name for argument in named if argument.name in MODES)
 
 
 @dataclass(frozen=True)
 class _Classification:
     module: nn.Module
+    modes: tuple[str, ...]
     input_shape: tuple[int, ...]
     each: Loss
     input_dtype: Any
 
     def init(self, key: Key, hyperparameters: Scalars = NO_SCALARS) -> tuple[PyTree, PyTree]:
         x = jnp.zeros((1, *self.input_shape), self.input_dtype)
-        variables = dict(self.module.init({"params": key, "dropout": key}, x, train=False))
+        variables = dict(self.module.init({"params": key, "dropout": key}, x, **self._mode(False)))
         return variables.pop("params"), variables
 
     def loss(
@@ -59,7 +84,11 @@ class _Classification:
         logits, extras = cast(
             tuple[jax.Array, PyTree],
             self.module.apply(
-                variables, batch.x, train=True, mutable=list(extras), rngs={"dropout": key}
+                variables,
+                batch.x,
+                mutable=list(extras),
+                rngs={"dropout": key},
+                **self._mode(True),
             ),
         )
         found = _aux(self.each, logits, batch)
@@ -68,8 +97,11 @@ class _Classification:
     def evaluate(
         self, params: PyTree, extras: PyTree, batch: Batch, hyperparameters: Scalars
     ) -> Aux:
-        logits = self.module.apply({"params": params, **extras}, batch.x, train=False)
+        logits = self.module.apply({"params": params, **extras}, batch.x, **self._mode(False))
         return _aux(self.each, cast(jax.Array, logits), batch)
+
+    def _mode(self, train: bool) -> dict[str, Any]:
+        return {name: MODES[name] == train for name in self.modes}
 
 
 def of_function(
