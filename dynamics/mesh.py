@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
+from jax._src import xla_bridge
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
@@ -36,11 +37,36 @@ NO_TPU = {  # what libtpu would ask the machine it is on, which has none
 }
 TPUS = {"v4": "2x2x1", "v5e": "4x4", "v5p": "4x4x4", "v6e": "4x4"}  # and the shape of a slice
 
+YNN = "--xla_cpu_experimental_ynn_fusion_type="
+
 Rule = Callable[[tuple[int, ...], Mesh], PartitionSpec]
 Rules = Sequence[tuple[str, Rule]]
 """(regular expression over a leaf's path, rule): the first whose expression is found is used."""
 Layout = Callable[[PyTree], PyTree]
 """``Task.layout``: how a task's extras lie."""
+
+
+def _without_ynn_reductions() -> str:
+    """Tell XLA, unless the user did, to compile reductions on a CPU itself; else why it is not so.
+
+    Those it hands to YNNPACK (jaxlib 0.10.2 to 0.12) wait for threads of its pool while they hold
+    one: with batched linear algebra beside them a program of several devices stops for ever. Their
+    maximum leaves NaN out. Without them a step takes no longer (digits and MNIST: within 2 %).
+    XLA reads its flags when jax starts, so this is done when dynamics is imported.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if given := re.findall(rf"{YNN}(\S*)", flags):
+        kinds = given[-1].split(",")
+        edits = kinds[0][:1] in ("+", "-")  # of the kinds that are on by default
+        on = "-reduce" not in kinds if edits else "reduce" in kinds
+        return f"XLA_FLAGS has {YNN}{given[-1]}" if on else ""
+    if xla_bridge.backends_are_initialized():
+        return "jax was started before dynamics was imported"
+    os.environ["XLA_FLAGS"] = f"{flags} {YNN}-reduce".strip()
+    return ""
+
+
+_YNN_REDUCES = _without_ynn_reductions()
 
 
 def start(*, cache: bool = True) -> None:
@@ -101,6 +127,12 @@ def make(
         raise ValueError(
             f"mesh {sizes} needs {needed} devices, {'that' if there else 'this'} machine has "
             f"{len(devices)}{' (set JAX_NUM_CPU_DEVICES for more)' * more}"
+        )
+    if _YNN_REDUCES and needed > 1 and devices[0].platform == "cpu" and not there:
+        log.warning(
+            "%s: programs with linear algebra may stop for ever on several devices of a CPU. "
+            "Import dynamics first, or set XLA_FLAGS=%s-reduce",
+            *(_YNN_REDUCES, YNN),
         )
     if there:  # as they come: neighbours of a slice lie along the last axes
         grid = np.array(devices[:needed]).reshape(replica, data, model)
