@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dynamics import artefact
+from dynamics.checkpoint import Checkpoints
 from dynamics.config import fingerprint
 from dynamics.record import Array, Findings, Recorder, RecordError, completed, lock, read
+from dynamics.types import TrainState
 
 HOLD = """
 import sys, time
@@ -63,6 +66,36 @@ def test_points_and_groups_of_another_process_are_refused_before_anything_is_com
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="no locks on this system")
+def test_checkpoints_alone_and_saved_states_are_locked_too(tmp_path: Path) -> None:
+    state = TrainState(np.int32(0), {"w": np.zeros(1)}, {}, (), {}, np.zeros(1), np.int32(1))
+    process = holding(tmp_path)
+    try:
+        for write in (Checkpoints, lambda folder: artefact.save(folder, state)):
+            with pytest.raises(RecordError, match=f"is being written by process {process.pid} on"):
+                write(tmp_path)
+        assert Checkpoints(tmp_path, read_only=True).steps() == []
+        assert not (tmp_path / "checkpoints").exists()
+    finally:
+        process.kill()
+        process.communicate()
+    checkpoints = Checkpoints(tmp_path)
+    code = f"from dynamics.record import Recorder; Recorder({str(tmp_path)!r}, ('run',))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert f"is being written by process {os.getpid()} on" in done.stderr
+    checkpoints.close()
+    assert not (tmp_path / lock.NAME).exists()
+
+
+@pytest.mark.skipif(lock.fcntl is None, reason="no locks on this system")
+def test_checkpoints_leave_a_recorder_its_lock(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, ("run",))
+    Checkpoints(tmp_path).close()
+    assert lock.is_locked(tmp_path)
+    recorder.finish(Findings({}))
+    assert not lock.is_locked(tmp_path)
 
 
 def test_a_process_may_open_its_own_store_again(tmp_path: Path) -> None:

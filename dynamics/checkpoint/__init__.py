@@ -39,7 +39,8 @@ class Checkpoints:
     def __init__(self, folder: Path | str, *, keep: int = 3, read_only: bool = False):
         """Opens or makes them in a run's folder; the newest ``keep`` stay.
 
-        With ``read_only`` nothing there is changed, and another process may be writing them.
+        With ``read_only`` nothing there is changed, and another process may be writing them; else
+        the folder is locked until ``close``. RecordError: another process has it.
         """
         self._files = Files(Path(folder).absolute(), read_only=read_only)
         self.folder, self.root, self.sums = (
@@ -108,6 +109,7 @@ class Checkpoints:
                 manager, self._manager = self._manager, None
                 with suppress(Exception):  # it only says again what wait() has said
                     manager.close()
+            self._files.close()
 
     def restore(
         self,

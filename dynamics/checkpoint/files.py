@@ -8,6 +8,8 @@ import re
 import shutil
 from pathlib import Path
 
+from dynamics.record.lock import Lock, is_locked, locked
+
 log = logging.getLogger(__name__)
 
 UNSEALED = "it has no checksum"
@@ -22,11 +24,18 @@ class Files:
         self.folder, self.read_only = folder, read_only
         self.root, self.sums = folder / "checkpoints", folder / "checksums"
         self.damaged = folder / "damaged"
+        self._lock: Lock | None = None
 
     def open(self) -> None:
-        """Make the folders; remove what a killed process had not completed."""
+        """Lock and make the folders; remove what a killed process had not completed.
+
+        RecordError: another process is writing there.
+        """
         if self.read_only:
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not is_locked(self.folder):  # else a recorder of this process has it, and lets it go
+            self._lock = locked(self.folder)
         self.root.mkdir(parents=True, exist_ok=True)
         self.sums.mkdir(exist_ok=True)
         for left in self.root.glob("*.orbax-checkpoint-tmp*"):
@@ -40,6 +49,11 @@ class Files:
                 seal.unlink()
             elif self.steps() and not (self.root / seal.stem).exists():
                 seal.unlink()
+
+    def close(self) -> None:
+        """Let others write there, unless the lock is a recorder's."""
+        if self._lock is not None:
+            self._lock.release()
 
     def steps(self) -> list[int]:
         """The steps that something is there for, intact or not, in ascending order."""

@@ -38,6 +38,12 @@ class Lock:
 _held: "weakref.WeakValueDictionary[Path, Lock]" = weakref.WeakValueDictionary()
 
 
+def is_locked(path: Path) -> bool:
+    """Whether this process has the lock of a directory."""
+    mine = _held.get(path.resolve() / NAME)
+    return mine is not None and mine.holds
+
+
 def locked(path: Path) -> Lock | None:
     """The lock of a run directory, this process's own if it has one already.
 
