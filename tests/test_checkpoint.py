@@ -195,6 +195,23 @@ def test_half_made_and_without_a_checksum_it_is_set_aside(
     assert (run / "damaged" / "10.0").is_dir() and "checkpoint 10 is damaged" in caplog.text
 
 
+@pytest.mark.parametrize("item", ["state", "note"])
+def test_asked_for_by_step_a_half_made_one_is_one_error(run: Path, item: str) -> None:
+    (run / "checksums" / "10.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "10" / item)
+    with pytest.raises(CheckpointError, match="^checkpoint 10 in .* is damaged: "):
+        Checkpoints(run).restore({"state": tree(0)}, 10)
+    assert (run / "checkpoints" / "10").is_dir()
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_checksums_of_nothing_vouch_for_nothing(run: Path, content: str, caplog: Any) -> None:
+    (run / "checksums" / "10.json").write_text(content)
+    with caplog.at_level(logging.WARNING, "dynamics"):
+        assert_step(restored(run), 5)
+    assert "checkpoint 10 is damaged (its checksum file 10.json names no files)" in caplog.text
+
+
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_all_damaged_is_one_error_and_no_fresh_start(run: Path, kind: str) -> None:
     for step in (run / "checkpoints").iterdir():

@@ -143,7 +143,13 @@ class Checkpoints:
         """What is read from the newest checkpoint that is good, or from that of ``step``."""
         if step is not None:
             hosts.once(self._check, step)
-            return read(step)
+            try:
+                return read(step)
+            except (KeyError, OSError) as error:  # a part is missing
+                why = f"{type(error).__name__}: {str(error)[:200]}"
+                raise CheckpointError(
+                    f"checkpoint {step} in {self.root} is damaged: {why}"
+                ) from error
         at, unsealed, found = hosts.once(self._files.newest)
         if at is not None:
             return read(at)

@@ -107,6 +107,8 @@ class Files:
             return f"its checksum file {seal.name} is unreadable"
         if expected is None:
             return "it is not whole yet"
+        if not isinstance(expected, dict) or not expected:
+            return f"its checksum file {seal.name} names no files"
         files = hashes(place)
         for name, digest in expected.items():
             if name not in files:
