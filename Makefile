@@ -22,7 +22,8 @@ bench: $(VENV)/.tests  ## speed and memory beside bare computations and peers
 gpu: $(VENV)/.tests  ## all that wants an accelerator; jax for it is installed first (JAX=cuda13, tpu)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'jax[$(JAX)]'
 	$(BIN)/python -m benchmarks resnet_training populations grand_resnet grand_transformer
-	-JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m pytest
+	-JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+		XLA_FLAGS=--xla_gpu_deterministic_ops=true $(BIN)/python -m pytest
 	$(BIN)/python -m experiments data_diet configs/data_diet/cifar10.py
 
 faults: $(VENV)/.tests  ## 204 faults (kills, full disks, flipped bits ...) on a run that must survive them

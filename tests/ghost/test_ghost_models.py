@@ -47,10 +47,14 @@ CONFIGS: dict[str, Any] = {
 NAMES = [pytest.param(n, marks=pytest.mark.slow) if n == "resnet 50" else n for n in CONFIGS]
 
 
+OPTIMISED = {"xla_backend_optimization_level": 3}
+
+
 def jit(name: str) -> Any:
     """Without optimisation, XLA may not find the maximum among the numbers it is the maximum of:
     it computes them again, otherwise rounded, and the gradient is lost."""
-    return jax.jit if "max" in repr(CONFIGS[name]).split("pool=")[-1] else reference.jit
+    pooled = "max" in repr(CONFIGS[name]).split("pool=")[-1]
+    return functools.partial(jax.jit, compiler_options=OPTIMISED) if pooled else reference.jit
 
 
 @functools.cache
