@@ -176,8 +176,9 @@ def fit(
     hold what its frozen weights gave.
 
     With a ``store`` the run is continued from its newest checkpoint and saved every
-    ``checkpoint_every`` steps (about every minute if None), at the end, and on SIGTERM, which then
-    ends the process with status 0. Results with and without a store are equal, as are those of an
+    ``checkpoint_every`` steps (about every minute if None), at the end, and on SIGTERM or SIGINT
+    (Ctrl-C), which then raise SystemExit of 143 or 130; a second signal ends the process at once.
+    Results with and without a store are equal, as are those of an
     undisturbed run and of one killed and continued on the same mesh, bit for bit. CheckpointError:
     the store holds a run of anything else, other data, batches, probes, or another step.
 
@@ -293,8 +294,8 @@ def fit(
             _save(checkpoints, done, state, watch, position, same)
             checkpoints.wait()
         if stopped:
-            log.warning("%s: stopped by SIGTERM at step %d; it can be continued", name, done)
-            raise SystemExit(0)
+            log.warning("%s: stopped by %s at step %d; it can be continued", name, asked.name, done)
+            raise SystemExit(asked.status)
     frames = book.frames()
     return Results(frames.pop(ROWS), frames, book.arrays(), status(state), state)
 

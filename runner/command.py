@@ -44,7 +44,8 @@ environment: DYNAMICS_DATA   the folder of data sets (default: none; digits need
              DYNAMICS_CACHE  the folder of compiled programs, or off (default: the user's cache)
              JAX_NUM_CPU_DEVICES  devices to split a CPU into (default: one per core)
 exit status: 0 done, 1 some runs are missing, 2 refused, 3 another host was lost, 4 done, but every
-             member of some run diverged: stored, and no result; 70 a fault of the program
+             member of some run diverged: stored, and no result; 70 a fault of the program; 130 and
+             143 stopped by Ctrl-C or SIGTERM: the same command goes on
 several hosts: the same command on each; found by itself on SLURM, Open MPI, Kubernetes and Cloud
              TPU, else JAX_COORDINATOR_ADDRESS=host:port JAX_NUM_PROCESSES JAX_PROCESS_ID;
              DYNAMICS_PATIENCE  seconds to wait for one that does not arrive (default: 600)
@@ -242,8 +243,7 @@ def _launch(name: str, points: Sequence[Any], where: Where, how: launch.How) -> 
         missing = launch.launch(name, points, how, where.runs, where.data_folder, where.mesh)
     except KeyboardInterrupt:
         jobs = "" if how.slurm is None else ", its jobs were not (squeue shows them, scancel ends)"
-        print(f"stopped{jobs}; the same command goes on", file=sys.stderr)
-        return 130
+        raise KeyboardInterrupt(f"stopped{jobs}; the same command goes on") from None
     if not missing:
         return _say_done(name, points, where, began)
     count = sum(map(len, missing))

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dynamics.stopping import interruptible
+
 REFUSED, FAULT = 2, 70  # exit statuses: what was asked can't be had; this program is wrong
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("dynamics", "experiments", "runner", "configs", "paper_figures")
@@ -49,17 +51,22 @@ class Parser(argparse.ArgumentParser):
 def answered(program: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """The ``main(argv)`` of a program, so that no exception leaves it: one line says what it was.
 
-    The exit status is then REFUSED or FAULT. With ``--verbose`` the traceback is shown, too.
+    The exit status is then REFUSED or FAULT, and 143 or 130 after SIGTERM or SIGINT. With
+    ``--verbose`` the traceback is shown, too.
     """
 
     def around(main: Callable[..., int]) -> Callable[..., int]:
         @functools.wraps(main)
         def answering(argv: Sequence[str] | None = None) -> int:
             argv = sys.argv[1:] if argv is None else argv
-            try:
-                return main(argv)
-            except Exception as error:
-                return _tell(error, shlex.join([*program.split(), *argv]), "--verbose" in argv)
+            with interruptible() as asked:
+                try:
+                    return main(argv)
+                except KeyboardInterrupt as error:
+                    print(str(error) or "stopped; the same command goes on", file=sys.stderr)
+                    return asked.status if asked.is_set() else 130
+                except Exception as error:
+                    return _tell(error, shlex.join([*program.split(), *argv]), "--verbose" in argv)
 
         return answering
 

@@ -93,8 +93,8 @@ def launch(
     """Compute the points that are not finished; the units that are missing at the end, and why.
 
     A worker that dies takes no other with it, and its unit is given to another one ``AGAIN``. On
-    KeyboardInterrupt and SIGTERM local workers end; SLURM jobs go on. ValueError: what was asked
-    can't be had here.
+    KeyboardInterrupt local workers end; SLURM jobs go on. ValueError: what was asked can't be had
+    here.
     """
     runs = runs.absolute()
     home, cut = runs / name, units(points, how.workers)
@@ -109,7 +109,6 @@ def launch(
     executor = _executor(how, folder, name)
     jobs: dict[int, Any] = {}
     died: Counter[Unit] = Counter()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with progress.line() as say:
             while True:
@@ -134,8 +133,6 @@ def launch(
         if how.slurm is None:
             _stop(list(jobs.values()))
         raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return {
         unit: why.get(unit, "it was not begun")
         for unit in missing

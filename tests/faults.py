@@ -20,6 +20,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -398,7 +399,8 @@ def one(number: int, kind: str, seed: int, calm: Path, where: Path) -> Outcome:
             else:
                 for _ in range(chance.randint(1, 3) if kind.startswith("SIG") else 1):
                     status, said = hit(kind, at, folder, points, chance)
-                    error = clear_error(said, folder) if status > 0 else ""
+                    asked = kind == "SIGTERM" and status == 128 + signal.SIGTERM
+                    error = clear_error(said, folder) if status > 0 and not asked else ""
                     look(folder, calm)
             begun = sealed(folder)
             if kind.startswith(DAMAGE):

@@ -61,7 +61,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path: Path, alone: dict) -> N
     folder = tmp_path / "run"
     running = begun(folder, 2, 2, (1, 4, 1))
     running[1].send_signal(signal.SIGTERM)
-    assert ended(running) == [0, 0], log(folder, 0) + log(folder, 1)
+    assert ended(running) == [143, 143], log(folder, 0) + log(folder, 1)
     (at,) = saved(folder)[-1:]
     assert at < STEPS
     assert f"stopped by SIGTERM at step {at}" in log(folder, 0)

@@ -132,7 +132,7 @@ def test_workers_end_with_the_command(tmp_path: Path, capsys: Any, monkeypatch: 
 
     monkeypatch.setattr(progress, "line", line)
     monkeypatch.setattr(launch, "GRACE", 0.1)  # what trains would save a checkpoint meanwhile
-    assert cli.main([*SWEEP, "--runs", str(tmp_path), "--workers", "2"]) == 130
+    assert cli.main([*SWEEP, "--runs", str(tmp_path), "--workers", "2"]) == 143
     assert "stopped; the same command goes on" in capsys.readouterr().err
     jobs = {os.readlink(taken) for taken in home.glob("launches/*/*.taken")}
     assert jobs and not [job for job in jobs if Path(f"/proc/{job}").exists()]
