@@ -17,6 +17,8 @@ from dynamics.curvature.operator import Draw, Operator, random
 from dynamics.curvature.trace import Estimate, of_samples
 from dynamics.types import Key
 
+RESOLVED = 4096  # roundings: the narrowest spectrum that is told from one point
+
 
 @struct.dataclass
 class Density:
@@ -92,10 +94,23 @@ def edges(density: Density) -> tuple[Float[Array, ""], Float[Array, ""]]:
     return density.nodes.min(), density.nodes.max()
 
 
+def _extent(density: Density) -> Float[Array, ""]:
+    """The width of the spectrum, edge to edge; of one point what floats there can resolve.
+
+    Eigenvalues that are equal come out apart by rounding, and a Gaussian as narrow as that falls
+    between the places of any grid.
+    """
+    low, high = edges(density)
+    largest = jnp.maximum(jnp.abs(low), jnp.abs(high))
+    least = jnp.where(largest > 0, RESOLVED * jnp.finfo(largest.dtype).eps * largest, 1.0)
+    return jnp.maximum(high - low, least.astype(largest.dtype))
+
+
 def grid(density: Density, num: int = 1000, *, margin: float = 0.05) -> Float[Array, "num"]:
     """Places over the spectrum and ``margin`` of its width on either side."""
     low, high = edges(density)
-    beyond = margin * (high - low)
+    extent = _extent(density)
+    beyond = margin * extent + (extent - (high - low)) / 2
     return jnp.linspace(low - beyond, high + beyond, num)
 
 
@@ -113,9 +128,8 @@ def smooth(
     if width is not None and not width > 0:
         raise ValueError(f"width must be > 0, relative to the spectrum's, got {width}")
     k = density.nodes.shape[-1]
-    low, high = edges(density)
     relative = 1 / (max(k - 1, 1) * (8 * jnp.log(3.0)) ** 0.5) if width is None else width
-    sigma = relative * (high - low)
+    sigma = relative * _extent(density)
     nodes, weights = density.nodes.reshape(-1), density.weights.reshape(-1)
 
     def one(t: jax.Array) -> jax.Array:

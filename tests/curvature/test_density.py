@@ -101,6 +101,21 @@ def test_a_spectrum_of_few_values_is_exact(reorthogonalise: bool) -> None:
     assert np.all(np.minimum(abs(heavy - 1), abs(heavy - 4)) < 1e-4)
 
 
+@pytest.mark.parametrize("value", [3.0, -1e-4, 7e8, 0.0])
+@pytest.mark.parametrize("reorthogonalise", [False, True])
+def test_a_spectrum_of_one_point_has_mass_one(value: float, reorthogonalise: bool) -> None:
+    """A multiple of the identity."""
+    like = {"a": jnp.zeros((40, 5)), "b": jnp.zeros(100)}
+    scaled = curvature.operator(lambda v: jax.tree.map(lambda x: jnp.float32(value) * x, v), like)
+    more = {"num": 3, "k": 20, "reorthogonalise": reorthogonalise}
+    found = curvature.density(scaled, jax.random.key(0), **more)
+    at = np.asarray(curvature.grid(found), np.float64)
+    mass = np.trapezoid(np.asarray(curvature.smooth(found, jnp.float32(at)), np.float64), at)
+    np.testing.assert_allclose(mass, 1, rtol=2e-3)
+    assert at[0] < value < at[-1]
+    np.testing.assert_allclose(found.nodes, value, rtol=1e-5, atol=1e-30)
+
+
 def test_chunks_and_written_out_are_the_same() -> None:
     op = of_matrix(np.float32(ref.symmetric(40)))
     first = density(op, jax.random.key(0), num=4, k=6)
