@@ -1,5 +1,6 @@
 """Examples as microbatches, parameters as blocks, and products added up over both."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 
+from dynamics import counts
 from dynamics import mesh as meshes
 from dynamics.curvature.operator import Operator
 from dynamics.data.rows import take
@@ -18,6 +22,7 @@ from dynamics.types import Batch, Dataset, PyTree
 Join = Callable[[PyTree], PyTree]
 """The whole parameters, from those that are free."""
 DATA = meshes.AXES[1]
+APART = 1e-4  # relative: a loss of two microbatches and the mean of both, by rounding
 
 
 def cut(arrays: PyTree, size: int | None = None) -> PyTree:
@@ -31,13 +36,37 @@ def cut(arrays: PyTree, size: int | None = None) -> PyTree:
     n = lengths.pop()
     b = n if size is None else size
     if not 0 < b <= n or n % b:
-        raise ValueError(f"size must divide the {n} examples, got {size}")
+        below = max(d for d in range(1, min(max(b, 1), n) + 1) if n % d == 0)
+        above = min(d for d in range(below + 1, n + 2) if n % d == 0 or d > n)
+        near = sorted({below, min(above, n)})
+        raise ValueError(
+            f"size must divide the {n} examples, got {size}: {' and '.join(map(str, near))} do "
+            "(cut_dataset pads with examples of weight 0)"
+        )
     return jax.tree.map(lambda x: x.reshape(n // b, b, *x.shape[1:]), arrays)
 
 
 def cut_dataset(data: Dataset, size: int | None = None) -> Batch:
-    """A dataset, normalised, as microbatches [n / size, size, ...]; ValueError as ``cut``."""
-    return cut(take(jax.tree.map(jnp.asarray, data), slice(None)), size)
+    """A dataset, normalised, as microbatches [ceil(n / size), size, ...]; all in one without it.
+
+    Where ``size`` does not divide n, the last one is filled up with copies of the first example of
+    weight 0, and the others weigh ceil(n / size) size / n, so that the mean of
+    ``mean(batch.weight * loss)`` over the microbatches is the mean over the examples.
+
+    ValueError: a size that is not 1 to n.
+    """
+    batch = take(jax.tree.map(jnp.asarray, data), slice(None))
+    n = len(batch.index)
+    if size is None or (0 < size <= n and n % size == 0):
+        return cut(batch, size)
+    counts.check(size=size)
+    if size > n:
+        raise ValueError(f"size must be at most the {n} examples, got {size}")
+    short = -n % size
+    rows = jnp.concatenate([jnp.arange(n), jnp.zeros(short, jnp.int32)])
+    weight = jnp.where(jnp.arange(n + short) < n, jnp.float32((n + short) / n), 0)
+    padded = jax.tree.map(lambda x: x[rows], batch)
+    return cut(dataclasses.replace(padded, weight=weight), size)
 
 
 def select(params: PyTree, only: str) -> PyTree:
@@ -77,6 +106,7 @@ def over_batches(
     params, batches, rest = jax.tree.map(_wide, (params, batches, rest))
     _check_batches(batches, mesh)
     _check_loss(whole, params, batches, rest)
+    _check_mean(whole, params, batches, rest)
     free, fixed, inside = _parts(params, mask)
     data = (free, fixed, inside, batches, rest)
     return Operator(_Mean(term, unroll, mesh), data, free, inside)
@@ -209,6 +239,50 @@ def _check_loss(
             f"the loss computes in {narrow}: its curvature would be off by 1e-3 and not symmetric; "
             "give the loss of the same model in float32 (our models: precision='float32')"
         )
+
+
+def _check_mean(
+    whole: Callable[..., jax.Array], params: PyTree, batches: PyTree, rest: tuple
+) -> None:
+    """ValueError unless the loss of two microbatches together is the mean of the loss of each.
+
+    A sum over the batch is not, nor is batch norm in training mode: their curvature would depend on
+    the size of the microbatches. Nor may a loss leave out the weights of a batch. Not looked at
+    where there is one microbatch without weights, or where it is traced. Cost: four losses of a
+    microbatch.
+    """
+    leaves = jax.tree.leaves((params, batches, rest))
+    if not all(isinstance(x, np.ndarray) or _is_here(x) for x in leaves):
+        return
+
+    def loss(batch: PyTree) -> float:
+        with jax.default_matmul_precision("highest"):
+            return float(jax.jit(whole)(params, batch, *rest))
+
+    first, weight = jax.tree.map(lambda x: x[0], batches), getattr(batches, "weight", None)
+    if weight is not None and loss(dataclasses.replace(first, weight=0 * weight[0])) != 0:
+        raise ValueError(
+            "the loss must be the mean of batch.weight times the loss of an example, got one that "
+            "is not 0 where all weights are"
+        )
+    if len(jax.tree.leaves(batches)[0]) < 2:
+        return
+    each = [loss(first), loss(jax.tree.map(lambda x: x[1], batches))]
+    together = loss(jax.tree.map(lambda x: x[:2].reshape(-1, *x.shape[2:]), batches))
+    if abs(together - sum(each) / 2) > APART * sum(map(abs, each)) / 2:
+        raise ValueError(
+            f"a loss must be the mean over the examples of a batch, got {together:.6g} of two "
+            f"microbatches together and {sum(each) / 2:.6g} as the mean of both: a sum, or batch "
+            "norm in training mode, has another curvature in microbatches of another size"
+        )
+
+
+def _is_here(x: Any) -> bool:
+    return (
+        isinstance(x, jax.Array)
+        and not isinstance(x, Tracer)
+        and (x.is_fully_addressable or x.is_fully_replicated)
+    )
 
 
 def _narrow(jaxpr: Any) -> str:

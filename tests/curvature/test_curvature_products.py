@@ -13,6 +13,7 @@ from references import curvature as ref
 
 from dynamics import curvature, losses, models, step, task
 from dynamics.curvature.operator import Operator
+from dynamics.data import DataConfig, load, of_arrays
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -331,7 +332,7 @@ def test_bad_input_is_refused(change: dict, message: str) -> None:
 
 def test_other_bad_input_is_refused() -> None:
     params, batch = single(small())
-    with pytest.raises(ValueError, match="size must divide the 12 examples, got 5"):
+    with pytest.raises(ValueError, match="size must divide the 12 examples, got 5: 4 and 6 do"):
         curvature.cut(batch, 5)
     with pytest.raises(ValueError, match=r"must have one length, the examples, got \[12, 13\]"):
         curvature.cut((batch[0], np.zeros(13)))
@@ -340,6 +341,74 @@ def test_other_bad_input_is_refused() -> None:
     op = curvature.hessian(ref.ce, params, curvature.cut(batch))
     with pytest.raises(ValueError, match="the diagonal must be a tree like the vectors"):
         curvature.preconditioned(op, jnp.ones(3))
+
+
+@pytest.mark.parametrize("size", [5, 7, 12, 8, 1])
+def test_a_dataset_is_cut_into_any_size(size: int) -> None:
+    """A smaller last microbatch, filled up with examples of weight 0, changes nothing."""
+    rng = np.random.default_rng(0)
+    data = of_arrays(rng.normal(size=(12, 3)).astype(np.float32), np.arange(12) % 4)
+    net = task.of_function(
+        lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"],
+        init=lambda key: {"a": jax.random.normal(key, (3, 3)), "b": jax.random.normal(key, (3, 4))},
+    )
+    state = step.given(net.init(jax.random.key(0), {})[0])
+    batches = curvature.cut_dataset(data, size)
+    assert batches.x.shape == (-(-12 // size), size, 3)
+    whole = curvature.cut_dataset(data)
+
+    def predict(params: Any, batch: Any) -> jax.Array:
+        return net.evaluate(params, {}, batch, {}).logits
+
+    makers = [
+        lambda b: curvature.of_task(net, state, b),
+        lambda b: curvature.fisher(predict, state.params, b),
+        lambda b: curvature.fisher(predict, state.params, b, likelihood="gaussian"),
+    ]
+    for make in makers:
+        np.testing.assert_allclose(matrix(make(batches)), matrix(make(whole)), rtol=2e-5, atol=2e-6)
+
+
+def test_the_digits_are_cut() -> None:
+    """1,347 examples, 3 x 449."""
+    data = load(DataConfig()).train
+    batches = curvature.cut_dataset(data, 256)
+    assert batches.x.shape[:2] == (6, 256) and batches.weight is not None
+    weight = np.asarray(batches.weight).reshape(-1)
+    np.testing.assert_allclose(weight.sum(dtype=np.float64), 6 * 256, rtol=1e-6)
+    assert (weight[1347:] == 0).all()
+    with pytest.raises(ValueError, match="size must be at most the 1347 examples, got 2000"):
+        curvature.cut_dataset(data, 2000)
+
+
+def test_a_loss_that_is_no_mean_is_refused() -> None:
+    params, batch = single(small())
+    batches = curvature.cut(batch, 4)
+
+    def normed(params: Any, batch: Any) -> jax.Array:  # as batch norm in training mode
+        x, y = batch
+        x = (x - x.mean(0, keepdims=True)) / (x.std(0, keepdims=True) + 1e-3)
+        return ref.ce(params, (x, y))
+
+    for loss in (lambda p, b: 4 * len(b[1]) * ref.ce(p, b), normed):
+        with pytest.raises(
+            ValueError, match="a loss must be the mean over the examples of a batch"
+        ):
+            curvature.hessian(loss, params, batches)
+        curvature.hessian(loss, params, curvature.cut(batch))  # in one there is nothing to mistake
+
+
+def test_a_loss_that_leaves_out_the_weights_is_refused() -> None:
+    data = load(DataConfig(num_train=20)).train
+    batches = curvature.cut_dataset(data, 8)
+    params = {"w": jnp.ones((64, 10))}
+
+    def loss(params: Any, batch: Any) -> jax.Array:
+        logits = batch.x.reshape(len(batch.x), -1) @ params["w"]
+        return losses.cross_entropy(logits, batch.y).mean()
+
+    with pytest.raises(ValueError, match="must be the mean of batch.weight times the loss"):
+        curvature.hessian(loss, params, batches)
 
 
 def test_the_losses_of_the_library_fit() -> None:
