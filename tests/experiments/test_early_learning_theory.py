@@ -98,6 +98,7 @@ def test_seeds_are_paired(short: Any) -> None:
     assert len(set(of(short, "kappa_wrong", 0.0)[:, 0])) == 5
 
 
+@pytest.mark.slow
 def test_up_to_two_regularization_only_delays(long: Any, short: Any) -> None:  # A5
     assert (of(long, "memorised", 1.0)[:, LAST] >= 0.9).all()
     assert (of(long, "memorised", 3.0)[:, LAST] <= 0.02).all()
@@ -105,6 +106,7 @@ def test_up_to_two_regularization_only_delays(long: Any, short: Any) -> None:  #
     assert (delayed >= 0.1).all()  # after 3000 steps lambda = 1 looks better than it is
 
 
+@pytest.mark.slow
 def test_in_few_dimensions_not_all_wrong_labels_can_be_fitted(long: Any) -> None:
     """The negative control of memorising: 400 examples in 100 dimensions."""
     memorised = of(long, "memorised", 0.0, 100)[:, LAST]
