@@ -52,7 +52,7 @@ def grand_mlp(quick: bool) -> list[Result]:
     """Dense layers: never a gradient. Also beside PyTorch."""
     job, b = sides.mnist(), 8 if quick else 256
     if quick:
-        job = job._replace(model=models.MLP(width=16, depth=2))
+        job = job._replace(model=models.MLP(width=64, depth=2))
     calls = {"ghost": 100, "forward": 150, "batch": 40, "vmap": 1, "last": 150}
     calls |= {"torch": 1, "torch_loop": 1}
     net = _net("mlp", job.net().split(",")[0], job.task(), _batch(job.data, b), calls)
