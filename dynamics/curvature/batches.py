@@ -257,7 +257,7 @@ def _check_mean(
 
     def loss(batch: PyTree) -> float:
         with jax.default_matmul_precision("highest"):
-            return float(jax.jit(whole)(params, batch, *rest))
+            return float(whole(params, batch, *rest))
 
     first, weight = jax.tree.map(lambda x: x[0], batches), getattr(batches, "weight", None)
     if weight is not None and loss(dataclasses.replace(first, weight=0 * weight[0])) != 0:
