@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
@@ -36,9 +35,8 @@ def cut(arrays: PyTree, size: int | None = None) -> PyTree:
     n = lengths.pop()
     b = n if size is None else size
     if not 0 < b <= n or n % b:
-        below = max(d for d in range(1, min(max(b, 1), n) + 1) if n % d == 0)
-        above = min(d for d in range(below + 1, n + 2) if n % d == 0 or d > n)
-        near = sorted({below, min(above, n)})
+        sizes = [d for d in range(1, n + 1) if n % d == 0]
+        near = sorted(sorted(sizes, key=lambda d: abs(d - b))[:2])
         raise ValueError(
             f"size must divide the {n} examples, got {size}: {' and '.join(map(str, near))} do "
             "(cut_dataset pads with examples of weight 0)"
@@ -57,11 +55,12 @@ def cut_dataset(data: Dataset, size: int | None = None) -> Batch:
     """
     batch = take(jax.tree.map(jnp.asarray, data), slice(None))
     n = len(batch.index)
-    if size is None or (0 < size <= n and n % size == 0):
-        return cut(batch, size)
+    size = n if size is None else size
     counts.check(size=size)
     if size > n:
         raise ValueError(f"size must be at most the {n} examples, got {size}")
+    if n % size == 0:
+        return cut(batch, size)
     short = -n % size
     rows = jnp.concatenate([jnp.arange(n), jnp.zeros(short, jnp.int32)])
     weight = jnp.where(jnp.arange(n + short) < n, jnp.float32((n + short) / n), 0)
@@ -97,16 +96,19 @@ def over_batches(
     mask: PyTree | None,
     unroll: bool,
     mesh: Mesh | None,
+    is_mean: bool,
 ) -> Operator:
     """The mean over microbatches of ``term(join, free, v, batch, rest)``, checked and widened.
 
-    ``whole(params, batch, *rest)`` is the loss behind it, for the checks alone.
+    ``whole(params, batch, *rest)`` is the loss behind it, for the checks alone; ``is_mean`` says
+    that it is known to be a mean over the examples, so that its numbers need not be looked at.
     """
     params = jax.tree.map(jnp.asarray, params)
     params, batches, rest = jax.tree.map(_wide, (params, batches, rest))
     _check_batches(batches, mesh)
     _check_loss(whole, params, batches, rest)
-    _check_mean(whole, params, batches, rest)
+    if not is_mean:
+        _check_mean(whole, params, batches, rest)
     free, fixed, inside = _parts(params, mask)
     data = (free, fixed, inside, batches, rest)
     return Operator(_Mean(term, unroll, mesh), data, free, inside)
@@ -248,27 +250,33 @@ def _check_mean(
 
     A sum over the batch is not, nor is batch norm in training mode: their curvature would depend on
     the size of the microbatches. Nor may a loss leave out the weights of a batch. Not looked at
-    where there is one microbatch without weights, or where it is traced. Cost: four losses of a
-    microbatch.
+    where there is one microbatch without weights, where it is traced, or where a process has a part
+    alone. Cost: at most four losses of a microbatch.
     """
     leaves = jax.tree.leaves((params, batches, rest))
-    if not all(isinstance(x, np.ndarray) or _is_here(x) for x in leaves):
+    if any(_is_unknown(x) for x in leaves):
         return
 
-    def loss(batch: PyTree) -> float:
-        with jax.default_matmul_precision("highest"):
-            return float(whole(params, batch, *rest))
+    @jax.default_matmul_precision("highest")
+    def losses(*parts: PyTree) -> list[float] | None:
+        found = [whole(params, batch, *rest) for batch in parts]
+        return None if any(map(_is_unknown, found)) else list(map(float, found))
 
     first, weight = jax.tree.map(lambda x: x[0], batches), getattr(batches, "weight", None)
-    if weight is not None and loss(dataclasses.replace(first, weight=0 * weight[0])) != 0:
-        raise ValueError(
-            "the loss must be the mean of batch.weight times the loss of an example, got one that "
-            "is not 0 where all weights are"
-        )
+    if weight is not None:
+        unweighted = losses(dataclasses.replace(first, weight=0 * weight[0]))
+        if unweighted not in (None, [0]):
+            raise ValueError(
+                "the loss must be the mean of batch.weight times the loss of an example, got one "
+                "that is not 0 where all weights are"
+            )
     if len(jax.tree.leaves(batches)[0]) < 2:
         return
-    each = [loss(first), loss(jax.tree.map(lambda x: x[1], batches))]
-    together = loss(jax.tree.map(lambda x: x[:2].reshape(-1, *x.shape[2:]), batches))
+    both = jax.tree.map(lambda x: x[:2].reshape(-1, *x.shape[2:]), batches)
+    found = losses(both, first, jax.tree.map(lambda x: x[1], batches))
+    if found is None:
+        return
+    together, *each = found
     if abs(together - sum(each) / 2) > APART * sum(map(abs, each)) / 2:
         raise ValueError(
             f"a loss must be the mean over the examples of a batch, got {together:.6g} of two "
@@ -277,12 +285,9 @@ def _check_mean(
         )
 
 
-def _is_here(x: Any) -> bool:
-    return (
-        isinstance(x, jax.Array)
-        and not isinstance(x, Tracer)
-        and (x.is_fully_addressable or x.is_fully_replicated)
-    )
+def _is_unknown(x: Any) -> bool:
+    """Whether this process has no numbers of an array."""
+    return isinstance(x, Tracer) or not getattr(x, "is_fully_addressable", True)
 
 
 def _narrow(jaxpr: Any) -> str:

@@ -121,7 +121,8 @@ def smooth(
 
     Their standard deviation is ``width`` times the width of the spectrum, edge to edge; by default
     1 / ((k - 1) sqrt(8 log 3)), what k nodes resolve (the sum of neighbouring Gaussians then has no
-    dips). Cost: num k t exponentials.
+    dips). A spectrum of one point has the width that its floats resolve (5e-4 of it in float32; 1
+    if it is 0). Cost: num k t exponentials.
 
     Reference: for the default Papyan 2019, arXiv 1901.08244, appendix.
     """

@@ -148,7 +148,13 @@ def _over(
     mesh: Mesh | None,
     sharded: bool,
 ) -> Operator:
-    found = over_batches(term, whole, params, batches, rest, mask=mask, unroll=unroll, mesh=mesh)
+    options = {
+        "mask": mask,
+        "unroll": unroll,
+        "mesh": mesh,
+        "is_mean": isinstance(whole, _TaskLoss),
+    }
+    found = over_batches(term, whole, params, batches, rest, **options)
     return found.replace(sharded=sharded)  # pyright: ignore[reportAttributeAccessIssue]
 
 

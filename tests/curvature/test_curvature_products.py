@@ -398,6 +398,20 @@ def test_a_loss_that_is_no_mean_is_refused() -> None:
         curvature.hessian(loss, params, curvature.cut(batch))  # in one there is nothing to mistake
 
 
+def test_a_traced_loss_is_not_looked_at() -> None:
+    """Inside a compiled function its numbers are not known, whatever its arguments are."""
+    params, batch = single(small())
+    batches, v = curvature.cut(batch, 4), vector(params)
+
+    @jax.jit
+    def product(scale: jax.Array, v: Any) -> Any:
+        return curvature.hessian(lambda p, b: scale * ref.ce(p, b), params, batches)(v)
+
+    found = product(jnp.float32(2), v)
+    wanted = curvature.hessian(ref.ce, params, batches)(v)
+    np.testing.assert_allclose(flat(found), 2 * flat(wanted), rtol=1e-5, atol=1e-6)
+
+
 def test_a_loss_that_leaves_out_the_weights_is_refused() -> None:
     data = load(DataConfig(num_train=20)).train
     batches = curvature.cut_dataset(data, 8)
