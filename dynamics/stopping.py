@@ -74,7 +74,7 @@ def interruptible() -> Iterator[Request]:
     """For a command: the first SIGTERM or SIGINT is a KeyboardInterrupt, the next ends at once.
 
     A run that is stored ends at its next chunk instead. A first one that a callback swallows is
-    heard by the next ``fit``.
+    heard by the next run that is stored.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -91,10 +91,10 @@ def interruptible() -> Iterator[Request]:
 @contextmanager
 def terminated(*, listen: bool) -> Iterator[Request]:
     """A request that SIGTERM and SIGINT set, where handlers can be installed."""
-    request = _process if _process.is_set() else Request()
     if not listen:
-        yield request
+        yield Request()
         return
+    request = _process if _process.is_set() else Request()
     with _handled(request.take):
         yield request
 

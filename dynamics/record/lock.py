@@ -51,9 +51,8 @@ def locked(path: Path) -> Lock | None:
     process has it.
     """
     file = path.resolve() / NAME
-    mine = _held.get(file)
-    if mine is not None and mine.holds:
-        return mine
+    if is_locked(path):
+        return _held[file]
     handle = _taken(file)
     if handle is None:
         return None
