@@ -47,12 +47,13 @@ Layout = Callable[[PyTree], PyTree]
 
 
 def _without_ynn_reductions() -> str:
-    """Tell XLA, unless the user did, to compile reductions on a CPU itself; else why it is not so.
+    """Keep XLA from handing reductions on a CPU to YNNPACK: why that can't be done, "" if it is.
 
-    Those it hands to YNNPACK (jaxlib 0.10.2 to 0.12) wait for threads of its pool while they hold
-    one: with batched linear algebra beside them a program of several devices stops for ever. Their
-    maximum leaves NaN out. Without them a step takes no longer (digits and MNIST: within 2 %).
-    XLA reads its flags when jax starts, so this is done when dynamics is imported.
+    YNNPACK's reductions (jaxlib 0.10.2) wait for threads of XLA's pool while they hold one: with
+    batched linear algebra beside them a program of several devices stops for ever. Their maximum
+    leaves NaN out. XLA's own cost a step no more than the noise of a benchmark (MLPs on digits and
+    MNIST). A user's own choice in XLA_FLAGS stays. XLA reads these flags when jax starts, so they
+    are set when this module is imported.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     if given := re.findall(rf"{YNN}(\S*)", flags):
@@ -61,7 +62,7 @@ def _without_ynn_reductions() -> str:
         on = "-reduce" not in kinds if edits else "reduce" in kinds
         return f"XLA_FLAGS has {YNN}{given[-1]}" if on else ""
     if xla_bridge.backends_are_initialized():
-        return "jax was started before dynamics was imported"
+        return "jax was started before dynamics.mesh was imported"
     os.environ["XLA_FLAGS"] = f"{flags} {YNN}-reduce".strip()
     return ""
 
@@ -131,7 +132,7 @@ def make(
     if _YNN_REDUCES and needed > 1 and devices[0].platform == "cpu" and not there:
         log.warning(
             "%s: programs with linear algebra may stop for ever on several devices of a CPU. "
-            "Import dynamics first, or set XLA_FLAGS=%s-reduce",
+            "Import dynamics.mesh first, or set XLA_FLAGS=%s-reduce",
             *(_YNN_REDUCES, YNN),
         )
     if there:  # as they come: neighbours of a slice lie along the last axes

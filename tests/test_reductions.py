@@ -55,7 +55,7 @@ def test_batched_linear_algebra_beside_reductions_ends_on_several_devices(device
 @pytest.mark.parametrize(
     ("flags", "late", "why"),
     [
-        ("", True, "jax was started before dynamics was imported"),
+        ("", True, "jax was started before dynamics.mesh was imported"),
         (f"{FLAG}+eltwise", False, "XLA_FLAGS has"),
         (f"{FLAG}dot,reduce", False, "XLA_FLAGS has"),
         (f"{FLAG}-reduce", True, ""),
