@@ -400,7 +400,7 @@ def test_a_loss_that_is_no_mean_is_refused() -> None:
 
 def test_a_traced_loss_is_not_looked_at() -> None:
     """Inside a compiled function its numbers are not known, whatever its arguments are."""
-    params, batch = single(small())
+    params, batch = jax.tree.map(jnp.asarray, single(small()))
     batches, v = curvature.cut(batch, 4), vector(params)
 
     @jax.jit
