@@ -38,10 +38,11 @@ def measured(results: Results, step: int, member: int, probe: str = "sharpness")
     return row
 
 
-@pytest.mark.parametrize("kind", ["mlp", "convnet"])
-def test_both_ends_are_those_of_the_dense_hessian(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "size"), [("mlp", None), ("mlp", 16), ("convnet", None)])
+def test_both_ends_are_those_of_the_dense_hessian(kind: str, size: int | None) -> None:
+    """Also in microbatches, 16, 16 and 8 of the 40 examples."""
     p = tiny.problem(kind, num_steps=6)
-    probe = Sharpness((0, 6), rule=p.rule, num_steps=6, cold=24, warm=20)
+    probe = Sharpness((0, 6), rule=p.rule, num_steps=6, cold=24, warm=20, batch_size=size)
     found = tiny.run(p, mesh.make(), 2, probes=[probe])
     start = tiny.start(p, mesh.make(), 2)
     for step, state in ((0, start), (6, found.state)):
